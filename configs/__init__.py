@@ -1,0 +1,1 @@
+"""What an experiment is: functions that return a config, their sweeps beside them."""

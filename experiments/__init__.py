@@ -1,0 +1,1 @@
+"""What a run is: data, training, evaluation, plan, sweep, tables."""

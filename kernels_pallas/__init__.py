@@ -1,0 +1,1 @@
+"""Operations with several implementations, each held to one reference."""
