@@ -1,0 +1,138 @@
+"""Names to constructors: the tables a config chooses from, and the checked subtrees that choose."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from arch import schema
+from arch.errors import ConfigError, join, unknown, within
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+class Registry:
+    """A table of constructors of one sort. A duplicate or unknown name is an error.
+
+    `provided` names the arguments the builder hands over itself (width, rngs); a config cannot set them, and a
+    constructor takes those it names.
+    """
+
+    def __init__(self, what: str, *, provided: tuple[str, ...] = ()):
+        self.what, self.provided = what, provided
+        self._entries: dict[str, Callable[..., Any]] = {}
+
+    def register(self, name: str) -> Callable[[C], C]:
+        def add(constructor: C) -> C:
+            if name in self._entries:
+                raise ValueError(f"{self.what} {name!r} is registered twice")
+            schema.options(constructor, self.provided)  # an option without a type fails at import, not in a run
+            self._entries[name] = constructor
+            return constructor
+
+        return add
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        if name not in self._entries:
+            raise unknown("", name, self._entries, self.what)
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def names(self) -> list[str]:
+        return sorted(self._entries)
+
+    def options(self, name: str) -> Mapping[str, schema.Option]:
+        return schema.options(self[name], self.provided)
+
+    def build(self, entry: Mapping[str, Any], *, path: str = "", key: str = "name", **provided: Any) -> Any:
+        """The component that `entry` names, from its options and those of `provided` that its constructor takes."""
+        constructor = self[entry[key]]
+        takes = schema.names_of(constructor)
+        given = {name: value for name, value in provided.items() if name in takes}
+        with within(path):
+            return constructor(**{k: v for k, v in entry.items() if k != key}, **given)
+
+
+MIXERS = Registry("mixer", provided=("width", "causal", "rotary", "max_length", "rngs"))
+CHANNEL_MIXERS = Registry("channel mixer", provided=("width", "dropout", "rngs"))
+NORMS = Registry("norm", provided=("width", "rngs"))
+POSITIONS = Registry("position encoding", provided=("width", "max_length", "rngs"))
+TOPOLOGIES = Registry("topology", provided=("causal", "dropout", "rotary", "max_length", "remat", "rngs"))
+HEADS = Registry("head", provided=("width", "num_classes", "rngs"))
+TASKS = Registry("task")
+OPTIMIZERS = Registry("optimizer", provided=("learning_rate",))
+SCHEDULES = Registry("schedule", provided=("lr", "steps"))
+
+
+def require_mapping(value: Any, path: str, example: str) -> Mapping[str, Any]:
+    if not hasattr(value, "items"):
+        raise ConfigError(path, f"expected a section such as {example}, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A section {key: NAME, ...options of the constructor NAME in the registry, ...options of `shared`}."""
+
+    registry: Registry
+    key: str = "name"
+    shared: Callable[..., Any] | None = None
+
+    def known(self, name: str) -> Mapping[str, schema.Option]:
+        common = schema.options(self.shared, ("rngs",)) if self.shared is not None else {}
+        return {self.key: schema.Option(self.key, str), **common, **self.registry.options(name)}
+
+    def resolve(self, value: Any, path: str) -> dict[str, Any]:
+        value = require_mapping(value, path, f'{{"{self.key}": "{next(iter(self.registry.names()), "...")}"}}')
+        at = join(path, self.key)
+        if self.key not in value:
+            guess = [k for k in value if unknown("", k, [self.key], "").problem.count("did you mean")]
+            if guess:
+                raise unknown(join(path, guess[0]), guess[0], [self.key], "key")
+            raise ConfigError(at, f"missing; name a {self.registry.what}: {', '.join(self.registry.names())}")
+        name = value[self.key]
+        if not isinstance(name, str):
+            raise ConfigError(at, f"expected the name of a {self.registry.what}, got {name!r}")
+        if name not in self.registry:
+            raise unknown(at, name, self.registry.names(), self.registry.what)
+        return schema.resolve(value, self.known(name), path)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A section of entries with free names, each a Choice out of one of several registries: `model.parts`."""
+
+    registries: tuple[Registry, ...]
+    key: str = "kind"
+
+    def choice(self, kind: str) -> Choice:
+        return next(Choice(r, self.key) for r in self.registries if kind in r)
+
+    def resolve(self, value: Any, path: str) -> dict[str, Any]:
+        value = require_mapping(value, path, '{"mixer": {"kind": "softmax", "num_heads": 4}}')
+        resolved = {}
+        for name, entry in value.items():
+            here = join(path, str(name))
+            entry = require_mapping(entry, here, f'{{"{self.key}": "softmax", ...}}')
+            known = [kind for registry in self.registries for kind in registry.names()]
+            kind = entry.get(self.key)
+            if isinstance(kind, str) and kind not in known:
+                raise unknown(join(here, self.key), kind, known, " or ".join(r.what for r in self.registries))
+            resolved[name] = (self.choice(kind) if kind in known else Choice(self.registries[0], self.key)).resolve(
+                entry, here
+            )
+        return resolved
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of fixed options: the keyword-only arguments of one constructor."""
+
+    constructor: Callable[..., Any]
+
+    def known(self) -> Mapping[str, schema.Option]:
+        return schema.options(self.constructor)
+
+    def resolve(self, value: Any, path: str) -> dict[str, Any]:
+        return schema.resolve(require_mapping(value, path, "{option: value}"), self.known(), path)
