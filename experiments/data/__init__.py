@@ -1,0 +1,1 @@
+"""Tasks and the Grain pipeline that feeds them."""
