@@ -1,0 +1,1 @@
+"""Operations with one implementation: pure functions, no parameters."""
