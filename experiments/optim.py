@@ -1,0 +1,159 @@
+"""Optimisers and learning-rate schedules: optax transformations behind the registries.
+
+An optimiser here is a direction d_t; the step is p <- p - lr(t) (d_t + decay). The learning rate is a function of the
+run's step alone, not of a counter inside the optimiser, so a skipped update does not shift the schedule, and
+`learning_rate` in the metrics is the rate that was used. t counts updates already made: the first update uses lr(0).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from arch.errors import ConfigError, within
+from arch.registry import OPTIMIZERS, SCHEDULES
+from arch.schema import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Rate
+
+Schedule = Callable[[Any], Any]  # step -> learning rate, float32
+SHARED = ("lr", "schedule", "clip", "accumulate", "ema")  # options of every optimiser, used by the step
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What the train step needs. direction's state lives in state["opt"]; nothing else here has any."""
+
+    direction: optax.GradientTransformation
+    schedule: Schedule
+    clip: float | None
+    accumulate: int
+    ema: float | None
+
+
+def build(config: Mapping[str, Any], steps: int) -> Optimizer:
+    """The optimiser that a resolved `optimizer` section describes, for a run of `steps` updates."""
+    own = {key: value for key, value in config.items() if key not in SHARED}
+    with within("optimizer"):
+        schedule = SCHEDULES.build(config["schedule"], path="schedule", lr=config["lr"], steps=steps)
+        direction = OPTIMIZERS.build(own)
+    return Optimizer(direction, schedule, config["clip"], config["accumulate"], config["ema"])
+
+
+def apply(params: Any, direction: Any, learning_rate: jax.Array) -> Any:
+    """p - lr d for every parameter."""
+    return jax.tree.map(lambda p, d: p - learning_rate * d, params, direction)
+
+
+def matrices(params: Any) -> Any:
+    """True for arrays of two or more axes: kernels and embeddings, not biases, norms or scales."""
+    return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+
+def _decay(weight_decay: float, decay: str) -> list[optax.GradientTransformation]:
+    if not weight_decay:
+        return []
+    return [optax.add_decayed_weights(weight_decay, mask=matrices if decay == "matrices" else None)]
+
+
+@OPTIMIZERS.register("adam")
+def adam(*, b1: Rate = 0.9, b2: Rate = 0.999, eps: PositiveFloat = 1e-8) -> optax.GradientTransformation:
+    """Adam. Source: Kingma & Ba 2015, arXiv:1412.6980. No weight decay: that is adamw."""
+    return optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+
+@OPTIMIZERS.register("adamw")
+def adamw(
+    *,
+    b1: Rate = 0.9,
+    b2: Rate = 0.98,
+    eps: PositiveFloat = 1e-9,
+    weight_decay: NonNegativeFloat = 0.0,
+    decay: Literal["all", "matrices"] = "all",
+) -> optax.GradientTransformation:
+    """Adam with decoupled decay: p <- p - lr (m^ / (sqrt(v^) + eps) + weight_decay p).
+
+    Source: Loshchilov & Hutter 2019, arXiv:1711.05101. The defaults are those of Long Range Arena, whose Adam
+    (flax.optim.Adam) has this form and decays every parameter, biases and norms too; decay="matrices" spares arrays of
+    fewer than two axes.
+    """
+    return optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), *_decay(weight_decay, decay))
+
+
+@OPTIMIZERS.register("lion")
+def lion(
+    *,
+    b1: Rate = 0.9,
+    b2: Rate = 0.99,
+    weight_decay: NonNegativeFloat = 0.0,
+    decay: Literal["all", "matrices"] = "all",
+) -> optax.GradientTransformation:
+    """Lion: the sign of an interpolated momentum, decoupled decay. Source: Chen et al. 2023, arXiv:2302.06675."""
+    return optax.chain(optax.scale_by_lion(b1=b1, b2=b2), *_decay(weight_decay, decay))
+
+
+@OPTIMIZERS.register("sgd")
+def sgd(
+    *,
+    momentum: Rate = 0.0,
+    nesterov: bool = False,
+    weight_decay: NonNegativeFloat = 0.0,
+    decay: Literal["all", "matrices"] = "all",
+) -> optax.GradientTransformation:
+    """Gradient descent: m <- momentum m + (g + weight_decay p), d = m. The decay is L2: it enters the momentum."""
+    if nesterov and not momentum:
+        raise ConfigError("nesterov", "needs momentum; set momentum=0.9 or nesterov=False")
+    trace = [optax.trace(decay=momentum, nesterov=nesterov)] if momentum else []
+    return optax.chain(*_decay(weight_decay, decay), *trace)
+
+
+def _warm(step: Any, warmup: int) -> Any:
+    """min(1, t / warmup), and 1 without warm-up. lr(0) is 0 with warm-up, as in Long Range Arena."""
+    return jnp.minimum(1.0, step / warmup) if warmup else jnp.float32(1.0)
+
+
+def _after_warmup(warmup: int, steps: int) -> int:
+    if warmup >= steps:
+        raise ConfigError("warmup", f"{warmup} leaves no step of {steps} to decay over; use less than train.steps")
+    return steps - warmup
+
+
+@SCHEDULES.register("constant")
+def constant(*, lr: float, warmup: NonNegative = 0) -> Schedule:
+    """lr min(1, t/w)."""
+    return lambda step: jnp.float32(lr) * _warm(step, warmup)
+
+
+@SCHEDULES.register("cosine")
+def cosine(*, lr: float, steps: int, warmup: NonNegative = 0, cycle: Positive | None = None) -> Schedule:
+    """lr min(1, t/w) 0.5 (1 + cos(pi p)), p = (t - w) / (steps - w): from lr after warm-up to 0 at the end.
+
+    cycle=n is Long Range Arena's form, p = ((t - w) / n mod 1): a restart every n steps.
+    """
+    length = cycle if cycle is not None else _after_warmup(warmup, steps)
+
+    def schedule(step: Any) -> Any:
+        progress = jnp.maximum(0.0, (step - warmup) / length)
+        progress = progress % 1.0 if cycle is not None else jnp.minimum(1.0, progress)
+        return jnp.float32(lr) * _warm(step, warmup) * 0.5 * (1.0 + jnp.cos(math.pi * progress))
+
+    return schedule
+
+
+@SCHEDULES.register("rsqrt")
+def rsqrt(*, lr: float, warmup: NonNegative = 0) -> Schedule:
+    """lr min(1, t/w) / sqrt(max(t, w, 1)): Long Range Arena's schedule for ListOps, text and retrieval.
+
+    lr is the base, not the peak: the peak is lr / sqrt(w), reached at t = w (0.05 and w = 1000 peak at 1.58e-3). A
+    warm-up longer than the run never peaks; the LRA release does that in retrieval, so it is allowed.
+    """
+    return lambda step: jnp.float32(lr) * _warm(step, warmup) / jnp.sqrt(jnp.maximum(step, max(warmup, 1)) * 1.0)
+
+
+@SCHEDULES.register("linear")
+def linear(*, lr: float, steps: int, warmup: NonNegative = 0) -> Schedule:
+    """lr min(1, t/w) (steps - t) / (steps - w), from lr after warm-up to 0 at the end."""
+    length = _after_warmup(warmup, steps)
+    return lambda step: jnp.float32(lr) * _warm(step, warmup) * jnp.clip((steps - step) / length, 0.0, 1.0)
