@@ -154,7 +154,7 @@ def make_block(seed: int, block: int, limits: Limits) -> Block:
 
 
 def blocks(seed: int, limits: Limits, workers: int | None = None) -> Iterator[Block]:
-    """The endless stream of blocks, in order. NumPy lets go of the interpreter's lock, so threads are workers enough."""
+    """The endless stream of blocks, in order. NumPy releases the interpreter's lock, so threads will do as workers."""
     workers = workers or os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         queue: deque[Future[Block]] = deque()
@@ -180,7 +180,7 @@ def generate(count: int, seed: int, limits: Limits, workers: int | None = None) 
         before = len(seen)
         for i, label in enumerate(block.labels):
             tokens = block.tokens[block.offsets[i] : block.offsets[i + 1]]
-            key = hashlib.blake2b(tokens, digest_size=16).digest()
+            key = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
             if key not in seen:
                 seen.add(key)
                 yield tokens, int(label)
@@ -189,7 +189,7 @@ def generate(count: int, seed: int, limits: Limits, workers: int | None = None) 
         barren = 0 if len(seen) > before else barren + 1
         if barren == BARREN_BLOCKS:
             raise ValueError(
-                f"only {len(seen)} distinct examples of {count} found: {BARREN_BLOCKS * BLOCK} trees in a row brought none "
-                f"with {limits.min_length} < length < {limits.max_length} at depth {limits.max_depth}; "
+                f"only {len(seen)} distinct examples of {count} found: {BARREN_BLOCKS * BLOCK} trees in a row brought "
+                f"no new one with {limits.min_length} < length < {limits.max_length} at depth {limits.max_depth}; "
                 "lower min_length, raise max_length or max_depth, or ask for fewer examples"
             )
