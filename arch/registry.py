@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from arch import schema
-from arch.errors import ConfigError, join, unknown, within
+from arch.errors import ConfigError, join, nearest, unknown, within
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -31,7 +31,7 @@ class Registry:
 
         return add
 
-    def __getitem__(self, name: str) -> Callable[..., Any]:
+    def __getitem__(self, name: str) -> Any:
         if name not in self._entries:
             raise unknown("", name, self._entries, self.what)
         return self._entries[name]
@@ -73,56 +73,47 @@ def require_mapping(value: Any, path: str, example: str) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Choice:
-    """A section {key: NAME, ...options of the constructor NAME in the registry, ...options of `shared`}."""
+    """A section {key: NAME, ...options of the constructor NAME in the registries, ...options of `shared`}."""
 
-    registry: Registry
+    registries: tuple[Registry, ...]
     key: str = "name"
     shared: Callable[..., Any] | None = None
 
-    def known(self, name: str) -> Mapping[str, schema.Option]:
-        common = schema.options(self.shared, ("rngs",)) if self.shared is not None else {}
-        return {self.key: schema.Option(self.key, str), **common, **self.registry.options(name)}
-
-    def resolve(self, value: Any, path: str) -> dict[str, Any]:
-        value = require_mapping(value, path, f'{{"{self.key}": "{next(iter(self.registry.names()), "...")}"}}')
+    def fields(self, value: Any, path: str) -> Mapping[str, schema.Option]:
+        names = [name for registry in self.registries for name in registry.names()]
+        what = " or ".join(registry.what for registry in self.registries)
+        value = require_mapping(value, path, f'{{"{self.key}": "{names[0] if names else "..."}", ...}}')
         at = join(path, self.key)
         if self.key not in value:
-            guess = [k for k in value if unknown("", k, [self.key], "").problem.count("did you mean")]
-            if guess:
-                raise unknown(join(path, guess[0]), guess[0], [self.key], "key")
-            raise ConfigError(at, f"missing; name a {self.registry.what}: {', '.join(self.registry.names())}")
+            for key in value:
+                if nearest(str(key), [self.key]):
+                    raise unknown(join(path, str(key)), key, [self.key], "key")
+            raise ConfigError(at, f"missing; name a {what}: {', '.join(names)}")
         name = value[self.key]
         if not isinstance(name, str):
-            raise ConfigError(at, f"expected the name of a {self.registry.what}, got {name!r}")
-        if name not in self.registry:
-            raise unknown(at, name, self.registry.names(), self.registry.what)
-        return schema.resolve(value, self.known(name), path)
+            raise ConfigError(at, f"expected the name of a {what}, got {name!r}")
+        if name not in names:
+            raise unknown(at, name, names, what)
+        registry = next(registry for registry in self.registries if name in registry)
+        common = schema.options(self.shared, ("rngs",)) if self.shared is not None else {}
+        return {self.key: schema.Option(self.key, str), **common, **registry.options(name)}
+
+    def resolve(self, value: Any, path: str) -> dict[str, Any]:
+        return schema.resolve(value, self.fields(value, path), path)
 
 
 @dataclass(frozen=True)
 class Named:
-    """A section of entries with free names, each a Choice out of one of several registries: `model.parts`."""
+    """A section of entries with free names, each checked by `choice`: `model.parts`."""
 
-    registries: tuple[Registry, ...]
-    key: str = "kind"
+    choice: Choice
 
-    def choice(self, kind: str) -> Choice:
-        return next(Choice(r, self.key) for r in self.registries if kind in r)
+    def fields(self, value: Any, path: str) -> Mapping[str, schema.Option]:
+        value = require_mapping(value, path, '{"mixer": {"kind": "softmax", "num_heads": 4}}')
+        return {str(name): schema.Option(str(name), Annotated[Mapping, self.choice]) for name in value}
 
     def resolve(self, value: Any, path: str) -> dict[str, Any]:
-        value = require_mapping(value, path, '{"mixer": {"kind": "softmax", "num_heads": 4}}')
-        resolved = {}
-        for name, entry in value.items():
-            here = join(path, str(name))
-            entry = require_mapping(entry, here, f'{{"{self.key}": "softmax", ...}}')
-            known = [kind for registry in self.registries for kind in registry.names()]
-            kind = entry.get(self.key)
-            if isinstance(kind, str) and kind not in known:
-                raise unknown(join(here, self.key), kind, known, " or ".join(r.what for r in self.registries))
-            resolved[name] = (self.choice(kind) if kind in known else Choice(self.registries[0], self.key)).resolve(
-                entry, here
-            )
-        return resolved
+        return schema.resolve(value, self.fields(value, path), path)
 
 
 @dataclass(frozen=True)
@@ -131,8 +122,9 @@ class Section:
 
     constructor: Callable[..., Any]
 
-    def known(self) -> Mapping[str, schema.Option]:
+    def fields(self, value: Any, path: str) -> Mapping[str, schema.Option]:
+        require_mapping(value, path, "{option: value}")
         return schema.options(self.constructor)
 
     def resolve(self, value: Any, path: str) -> dict[str, Any]:
-        return schema.resolve(require_mapping(value, path, "{option: value}"), self.known(), path)
+        return schema.resolve(value, self.fields(value, path), path)

@@ -49,6 +49,8 @@ class Subtree(Protocol):
 
     def resolve(self, value: Any, path: str) -> dict[str, Any]: ...
 
+    def fields(self, value: Any, path: str) -> "Mapping[str, Option]": ...
+
 
 @dataclass(frozen=True)
 class Option:

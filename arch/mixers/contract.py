@@ -1,0 +1,60 @@
+"""What every token mixer has, as a type: the contract that topologies rely on and the tests hold.
+
+A mixer is a class registered in MIXERS whose constructor is (width, *, causal, ...options, rngs). It says of itself
+  modes    which of "causal" and "bidirectional" the mathematics allows;
+  axes     1 if it mixes a sequence (a grid is then flattened in row-major order), None if any number of grid axes;
+  packing  whether segment_ids keep packed sequences apart.
+Padding (keep False) contributes nothing to other tokens; what a padding token itself gets is unspecified but finite.
+"""
+
+from collections.abc import Collection
+from typing import Any, Protocol
+
+from jaxtyping import Array, Bool, Float, Int
+
+from arch.errors import ConfigError, unknown
+
+State = dict[str, Any]  # a pytree of arrays with a leading batch axis, and scalars
+
+
+class Mixer(Protocol):
+    """A bidirectional or causal token mixer over x[B *A D]."""
+
+    modes: tuple[str, ...]
+    axes: int | None
+    packing: bool
+
+    def __call__(
+        self,
+        x: Float[Array, "B *A D"],
+        *,
+        keep: Bool[Array, "B *A"] | None = None,
+        segment_ids: Int[Array, "B *A"] | None = None,
+    ) -> Float[Array, "B *A D"]:
+        """The mixed tokens, same shape and dtype."""
+        ...
+
+
+class CausalMixer(Mixer, Protocol):
+    """A causal mixer also extends a sequence token by token: step repeated gives what __call__ gives."""
+
+    def init_state(self, batch: int, max_length: int) -> State:
+        """The state before the first token. Of a size independent of max_length unless the class says otherwise."""
+        ...
+
+    def step(self, x: Float[Array, "B D"], state: State) -> tuple[Float[Array, "B D"], State]: ...
+
+
+def known_implementation(name: str | None, implementations: Collection[str]) -> str | None:
+    """The option `implementation` of a mixer, checked against its op's table."""
+    if name is not None and name not in implementations:
+        raise unknown("implementation", name, implementations, "implementation")
+    return name
+
+
+def refuse_packing(segment_ids: Array | None, mixer: object) -> None:
+    """For mixers whose mathematics runs over the whole row."""
+    if segment_ids is not None:
+        raise ConfigError(
+            "segment_ids", f"{type(mixer).__name__} mixes whole rows; give each sequence a row of its own"
+        )

@@ -1,0 +1,85 @@
+"""Softmax attention token mixer. Source: Vaswani et al. 2017, arXiv:1706.03762."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from arch.errors import ConfigError
+from arch.layers import dense
+from arch.mixers.contract import State, known_implementation
+from arch.ops.heads import join_heads, split_heads
+from arch.positions import Rotary
+from arch.registry import MIXERS
+from arch.schema import Positive
+from kernels_pallas.attention import IMPLEMENTATIONS, attention
+
+
+@MIXERS.register("softmax")
+class Softmax(nnx.Module):
+    """Every token reads a softmax-weighted mean of the values. O(T^2 K) per head, memory linear in T.
+
+    With kv_heads < num_heads several query heads share a key-value head: grouped-query attention (Ainslie et al. 2023,
+    arXiv:2305.13245). Its decode state, the cache of keys and values, grows with max_length.
+    """
+
+    modes = ("causal", "bidirectional")
+    axes = 1
+    packing = True
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        causal: bool,
+        num_heads: Positive = 8,
+        head_dim: Positive | None = None,  # K = V; None: width / num_heads
+        kv_heads: Positive | None = None,  # G; None: num_heads
+        bias: bool = False,
+        implementation: str | None = None,  # a name known to the op `attention`
+        rotary: Rotary | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if head_dim is None and width % num_heads:
+            raise ConfigError("num_heads", f"{num_heads} does not divide width {width}; change one or give head_dim")
+        self.heads, self.groups = num_heads, num_heads if kv_heads is None else kv_heads
+        if self.heads % self.groups:
+            raise ConfigError("kv_heads", f"{self.groups} does not divide num_heads {num_heads}")
+        self.head_dim = width // num_heads if head_dim is None else head_dim
+        self.causal, self.rotary = causal, rotary
+        self.implementation = known_implementation(implementation, IMPLEMENTATIONS)
+        self.qkv = dense(width, (self.heads + 2 * self.groups) * self.head_dim, bias=bias, rngs=rngs)
+        self.out = dense(self.heads * self.head_dim, width, bias=bias, rngs=rngs)
+
+    def _project(self, x: Float[Array, "B T D"], start: int | Int[Array, ""]) -> list[Array]:
+        q, k, v = split_heads(self.qkv(x), sizes=(self.heads, self.groups, self.groups), head_dim=self.head_dim)
+        if self.rotary is not None:
+            q, k = self.rotary.rotate(q, start), self.rotary.rotate(k, start)
+        return [q, k, v]
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        keep: Bool[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Mixes along T. keep is False on padding, which nothing then attends to."""
+        q, k, v = self._project(x, 0)
+        y = attention(
+            q, k, v, causal=self.causal, keep=keep, segment_ids=segment_ids, implementation=self.implementation
+        )
+        return self.out(join_heads(y))
+
+    def init_state(self, batch: int, max_length: int) -> State:
+        cache = jnp.zeros((batch, max_length, self.groups, self.head_dim), self.qkv.kernel.dtype)
+        return {"k": cache, "v": cache, "length": jnp.zeros((), jnp.int32)}
+
+    def step(self, x: Float[Array, "B D"], state: State) -> tuple[Float[Array, "B D"], State]:
+        """One more token. Past max_length the last place of the cache is written over: do not go there."""
+        length = state["length"]
+        q, k, v = self._project(x[:, None], length)
+        keys = jnp.asarray(state["k"]).at[:, length].set(k[:, 0].astype(state["k"].dtype))
+        values = jnp.asarray(state["v"]).at[:, length].set(v[:, 0].astype(state["v"].dtype))
+        seen = jnp.broadcast_to(jnp.arange(keys.shape[1]) <= length, keys.shape[:2])
+        y = attention(q, keys, values, causal=False, keep=seen, implementation=self.implementation)
+        return self.out(join_heads(y))[:, 0], {"k": keys, "v": values, "length": length + 1}
