@@ -117,7 +117,8 @@ class Functional:
         return Model(self.config, self.spec, remat=self.remat, rngs=nnx.Rngs(params=key, dropout=0))
 
     def _split(self, model: Model) -> tuple[Any, Any, Any]:
-        graph, params, random, rest = nnx.split(model, nnx.Param, nnx.RngState, ...)
+        states: Any = nnx.split(model, nnx.Param, nnx.RngState, ...)
+        graph, params, random, rest = states
         if jax.tree.leaves(rest):
             raise TypeError(f"variables other than parameters and random state: {rest}")
         return graph, params, random

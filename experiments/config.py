@@ -28,6 +28,7 @@ from arch import model, schema
 from arch.errors import ConfigError, join, unknown, within
 from arch.registry import OPTIMIZERS, SCHEDULES, TASKS, TOPOLOGIES, Choice, Section
 from arch.schema import NonNegative, Positive, PositiveFloat, Rate
+from experiments import data, optim  # noqa: F401  importing these fills TASKS, OPTIMIZERS, SCHEDULES
 
 log = logging.getLogger("archloom")
 
@@ -300,6 +301,7 @@ def check_together(config: Mapping[str, Any]) -> None:
         spec = TASKS.build(config["task"]).spec
     with within("model"):
         model.functional(config["model"], spec).abstract()
+    optim.build(config["optimizer"], config["train"]["steps"])
     train, accumulate = config["train"], config["optimizer"]["accumulate"]
     if train["batch_size"] % accumulate:
         raise ConfigError(

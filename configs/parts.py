@@ -1,0 +1,109 @@
+"""What configs share: base settings, models, and the step from deep to wide. Plain data; builds nothing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+class UnknownName(LookupError):
+    """A name that no table has; the message of the command line lists `names` and the nearest."""
+
+    def __init__(self, name: str, names: list[str]):
+        super().__init__(name)
+        self.names = names
+
+
+class Table(dict[str, Any]):
+    """A dict that tells what it has when asked for what it lacks."""
+
+    def __missing__(self, name: str) -> Any:
+        raise UnknownName(name, sorted(self))
+
+
+# A mixer by the name of its paper's default; sizes left out follow the model's width.
+MIXERS = Table(
+    softmax={"kind": "softmax", "num_heads": 8},
+    linear={"kind": "linear", "num_heads": 8},
+    pooling={"kind": "pooling", "size": 3},
+    fourier={"kind": "fourier", "orthonormal": True},
+)
+
+
+def base(*, task: str, steps: int, batch_size: int, **task_options: Any) -> ConfigDict:
+    """An experiment without a model: LRA's optimiser (Adam .9/.98/1e-9, rsqrt after warm-up), one device mesh."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "task": {"name": task, **task_options},
+            "model": {},
+            "optimizer": {
+                "name": "adamw",
+                "lr": 0.05,
+                "weight_decay": 0.1,
+                "schedule": {"name": "rsqrt", "warmup": 1000},
+            },
+            "train": {"steps": steps, "batch_size": batch_size},
+            "mesh": {"data": -1},
+        }
+    )
+
+
+def metaformer(
+    *,
+    width: int,
+    depth: int,
+    mixer: Mapping[str, Any] | None = None,
+    mixers: Mapping[str, Mapping[str, Any]] | None = None,
+    layers: tuple[str, ...] = ("mixer",),
+    channel: Mapping[str, Any] | None = None,
+    head: Mapping[str, Any] | None = None,
+    positions: str = "sinusoid",
+    dropout: float = 0.0,
+) -> ConfigDict:
+    """An isotropic model of one mixer, or of several named ones in the pattern `layers`; pre-norm, CLS classifier."""
+    parts = {"mixer": mixer} if mixers is None else mixers
+    return ConfigDict(
+        {
+            "topology": "metaformer",
+            "width": width,
+            "depth": depth,
+            "layers": layers,
+            "channel": "mlp",
+            "parts": {
+                **{name: dict(part or {}) for name, part in parts.items()},
+                "mlp": {"kind": "mlp", **(channel or {})},
+            },
+            "norm": {"name": "layer"},
+            "norm_placement": "pre",
+            "positions": {"name": positions},
+            "dropout": dropout,
+            "head": {"name": "classifier", "pooling": "cls", **(head or {})},
+        }
+    )
+
+
+def wide(model: ConfigDict, depth: int = 1) -> ConfigDict:
+    """The same total number of heads in fewer layers, each head as wide as before. The channel mixer stays as it is.
+
+    Source: Brown et al. 2022, arXiv:2210.00640. Six layers of 8 heads become one layer of 48.
+    """
+    layers = model.depth
+    if layers % depth:
+        raise ValueError(
+            f"wide: depth {depth} does not divide the model's depth {layers}, so heads cannot be shared out"
+        )
+    found = ConfigDict(model.to_dict())
+    found.depth, found.layers = depth, tuple(model.layers[:depth])
+    for name in set(model.layers):
+        part = found.parts[name]
+        if "num_heads" not in part:
+            raise ValueError(
+                f"wide: part {name!r} ({part.kind}) has no num_heads; only mixers with heads can be widened"
+            )
+        if part.get("head_dim") is None:
+            part.head_dim = model.width // part.num_heads
+        part.num_heads *= layers // depth
+        if part.get("kv_heads") is not None:
+            part.kv_heads *= layers // depth
+    return found
