@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from arch.errors import ConfigError
-from arch.registry import TASKS, Choice
+from arch import schema
+from arch.errors import ConfigError, within
+from arch.registry import TASKS
 from experiments.data import listops_tsv
 from experiments.data.listops import ListOps
 from experiments.data.store import DataError
@@ -72,25 +73,28 @@ def table(facts: dict[str, Any]) -> str:
 
 
 def parse(arguments: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The task's entry and this program's own flags, from NAME --option=value ..."""
-    entry: dict[str, Any] = {"name": arguments[0] if arguments else ""}
+    """The task's options and this program's own flags, from --option=value ..."""
+    options: dict[str, Any] = {}
     own: dict[str, str] = {}
-    for argument in arguments[1:]:
+    for argument in arguments:
         key, _, value = argument.removeprefix("--").partition("=")
         if key in ("json", "export_tsv"):
             own[key] = value
         else:
             try:
-                entry[key] = ast.literal_eval(value)
+                options[key] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
-                entry[key] = value  # a bare word is a string
-    return entry, own
+                options[key] = value  # a bare word is a string
+    return options, own
 
 
 def main(arguments: list[str]) -> int:
     try:
-        entry, own = parse(arguments)
-        task = TASKS.build(Choice(TASKS).resolve(entry, "task"), path="task")
+        name = arguments[0] if arguments else ""
+        options, own = parse(arguments[1:])
+        with within("task"):
+            known = TASKS.options(name)
+        task = TASKS.build({"name": name, **schema.resolve(options, known, "task")}, path="task")
         facts = report(task)
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
