@@ -75,11 +75,8 @@ def test_each_example_once_an_epoch_in_a_new_order():
 
 def test_seeds_share_no_epoch():
     """Grain shuffles epoch e with seed + e, so neighbouring seeds would run through the same epochs, one apart."""
-    task = Numbered(50)
-    orders = {
-        ids(take(20, task, batch_size=50, seed=seed)[e : e + 1]).tobytes() for seed in range(4) for e in range(20)
-    }
-    assert len(orders) == 80
+    orders = {ids([epoch]).tobytes() for seed in range(3) for epoch in take(6, Numbered(50), batch_size=50, seed=seed)}
+    assert len(orders) == 18
 
 
 def test_a_batch_larger_than_the_split():
