@@ -144,22 +144,23 @@ class Checkpoints:
     def notes(self, step: int) -> dict[str, Any]:
         return self._body(step)["notes"]
 
-    def load(self, abstract: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
-        """(step, state, notes) of `step`, or of the newest intact step; None if there is none.
+    def load(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, state, notes) of the newest intact step; None if there is none.
 
         Args:
           abstract: the state's structure, with the shardings to load to; leaves as jax.ShapeDtypeStruct. It may be a
             part of what was saved ({"params": ...}); the rest is then not read.
-          step: this one and no other; Damaged if it is not intact.
         """
-        if step is not None:
-            return step, self._load(step, abstract), self.notes(step)
-        for candidate in reversed(self.steps()):
+        for step in reversed(self.steps()):
             try:
-                return candidate, self._load(candidate, abstract), self.notes(candidate)
+                return self.load_step(step, abstract)
             except Damaged as error:
-                log.warning("checkpoint %d passed over: %s", candidate, error)
+                log.warning("checkpoint %d passed over: %s", step, error)
         return None
+
+    def load_step(self, step: int, abstract: Any) -> tuple[int, Any, dict[str, Any]]:
+        """This step and no other; Damaged if it is not intact."""
+        return step, self._load(step, abstract), self.notes(step)
 
     def _load(self, step: int, abstract: Any) -> Any:
         saved, wanted = self._body(step)["leaves"], paths(abstract)

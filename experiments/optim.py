@@ -47,6 +47,12 @@ def apply(params: Any, direction: Any, learning_rate: jax.Array) -> Any:
     return jax.tree.map(lambda p, d: p - learning_rate * d, params, direction)
 
 
+def average(mean: Any, params: Any, decay: float, step: jax.Array) -> Any:
+    """mean <- d mean + (1 - d) p, d = min(decay, (1 + t) / (10 + t)), so that the initial values are soon forgotten."""
+    d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda m, p: d * m + (1 - d) * p, mean, params)
+
+
 def matrices(params: Any) -> Any:
     """True for arrays of two or more axes: kernels and embeddings, not biases, norms or scales."""
     return jax.tree.map(lambda p: p.ndim >= 2, params)

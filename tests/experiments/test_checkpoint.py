@@ -107,7 +107,7 @@ def test_damaged_step_is_passed_over(tmp_path, caplog, fault):
     assert same(loaded, make_state(1.0))
     assert "checkpoint 2 passed over" in caplog.text
     with pytest.raises(Damaged):
-        checkpoints.load(abstract(state), step=2)
+        checkpoints.load_step(2, abstract(state))
 
 
 def test_every_leaf_is_checked(tmp_path):
@@ -123,7 +123,7 @@ def test_every_leaf_is_checked(tmp_path):
         overwrite=True,
     )
     with pytest.raises(Damaged, match="rng"):
-        checkpoints.load(abstract(state), step=1)
+        checkpoints.load_step(1, abstract(state))
 
 
 def test_failed_save_is_told_and_never_latest(tmp_path):

@@ -1,0 +1,101 @@
+"""The machine and the software of a run, as environment.json and summary.json tell it, and the compile cache."""
+
+import functools
+import importlib.metadata
+import logging
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("archloom", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def compile_cache() -> Path:
+    """Turns on JAX's persistent compilation cache, for everything, in a folder that only this user can read.
+
+    $ARCHLOOM_CACHE or ~/.cache/archloom holds it. A compiled program is code: a folder others can write is refused.
+    """
+    folder = Path(os.environ.get("ARCHLOOM_CACHE") or Path.home() / ".cache" / "archloom") / "xla"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user; set ARCHLOOM_CACHE to a folder of your own")
+    folder.chmod(0o700)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
+
+
+def describe() -> dict[str, Any]:
+    """The contents of environment.json."""
+    commit, dirty = source_version()
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "device": device(),
+        "device_count": jax.device_count(),
+        "cpu_count": os.cpu_count(),
+        "commit": commit,
+        "dirty": dirty,
+        "command": ["python", *sys.orig_argv[1:]],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return None
+
+
+def source_version() -> tuple[str | None, bool | None]:
+    """(commit, uncommitted changes) of the source tree; None where it is not a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    git = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, timeout=20)
+    try:
+        if not (root / ".git").exists():
+            return None, None
+        commit = git(["git", "rev-parse", "HEAD"])
+        status = git(["git", "status", "--porcelain", "--untracked-files=no"])
+    except (OSError, subprocess.TimeoutExpired):
+        return None, None
+    return (commit.stdout.strip() or None, bool(status.stdout.strip())) if commit.returncode == 0 else (None, None)
+
+
+@functools.cache
+def device() -> str:
+    """The accelerator's name, or the processor's."""
+    first = jax.devices()[0]
+    if first.platform != "cpu":
+        return first.device_kind
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} ({os.cpu_count()} cores)"
+    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+
+
+def peak_bytes() -> int:
+    """The most memory used so far: of the first device where it counts, else of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024  # Linux counts KiB
+
+
+def quiet() -> None:
+    """Log lines as they are, and without the repetitions of libraries."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("archloom").setLevel(logging.INFO)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

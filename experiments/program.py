@@ -1,0 +1,115 @@
+"""A config as compiled functions over placed arrays: what train, evaluate and the benchmarks share."""
+
+import collections
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import experiments.data  # noqa: F401  registers the tasks
+from arch import model
+from arch.errors import within
+from arch.registry import TASKS
+from experiments import optim, sharding, step
+from experiments.data import pipeline
+
+DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+AHEAD = 3  # steps the host may run ahead of the device: enough to keep it busy, few enough to hear of a fault soon
+
+
+class Program:
+    """Task, model, optimiser and mesh of a resolved config. Making one checks everything and compiles nothing."""
+
+    def __init__(self, config: Mapping[str, Any], devices: Any = None):
+        self.config, train = config, config["train"]
+        self.steps, self.batch_size = train["steps"], train["batch_size"]
+        self.eval_batch_size = train["eval_batch_size"] or self.batch_size
+        with within("config"):
+            self.mesh = sharding.make_mesh(config["mesh"], devices)
+            self.task = TASKS.build(config["task"], path="task")
+            self.optimizer = optim.build(config["optimizer"], self.steps)
+            with within("model"):
+                self.functional = model.functional(config["model"], self.task.spec, remat=train["remat"])
+            params = self.functional.abstract()
+            specs = sharding.parameter_specs(params, config["sharding"], self.mesh)
+            shape = {"length": self.task.spec.length, "mesh": self.mesh}
+            sharding.check_batch(batch_size=self.batch_size, accumulate=self.optimizer.accumulate, **shape)
+            sharding.check_batch(batch_size=self.eval_batch_size, field="train.eval_batch_size", **shape)
+        self._init = functools.partial(
+            step.init_state,
+            init=self.functional.init,
+            optimizer=self.optimizer,
+            latch=train["on_nonfinite"] != "skip",
+        )
+        state = jax.eval_shape(self._init, 0)
+        self.shardings = sharding.state_shardings(state, specs, self.mesh)
+        self.state = jax.tree.map(  # abstract, with shardings
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, self.shardings
+        )
+        self.evaluated = "ema" if "ema" in state else "params"  # the parameters that evaluation uses
+        self.parameters = sum(x.size for x in jax.tree.leaves(params))
+        self.replicated = NamedSharding(self.mesh, P())
+        self.batch_shardings = sharding.batch_shardings(self._batch(self.batch_size), self.mesh)
+
+    def _batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        tokens = (size, self.task.spec.length)
+        shapes = {"inputs": (tokens, "int32"), "keep": (tokens, "bool"), "label": ((size,), "int32")}
+        shapes["weight"] = ((size,), "float32")
+        return {name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
+
+    def init(self) -> Any:
+        """A fresh state, made where it will live."""
+        return jax.jit(self._init, out_shardings=self.shardings)(jnp.uint32(self.config["seed"]))
+
+    def compile_train(self) -> Any:
+        """(state, batch) -> (state, METRICS), the state donated."""
+        train_step = functools.partial(
+            step.train_step,
+            apply=self.functional.apply,
+            optimizer=self.optimizer,
+            dtype=DTYPES[self.config["train"]["precision"]],
+            smoothing=self.config["train"]["label_smoothing"],
+        )
+        jitted = jax.jit(
+            train_step,
+            in_shardings=(self.shardings, self.batch_shardings),
+            out_shardings=(self.shardings, self.replicated),
+            donate_argnums=0,
+        )
+        return jitted.lower(self.state, self._batch(self.batch_size)).compile()
+
+    def compile_eval(self) -> Any:
+        """(params, batch) -> SUMS."""
+        eval_step = functools.partial(
+            step.eval_step, apply=self.functional.apply, dtype=DTYPES[self.config["train"]["precision"]]
+        )
+        at = self.shardings["params"]
+        jitted = jax.jit(eval_step, in_shardings=(at, self.batch_shardings), out_shardings=self.replicated)
+        return jitted.lower(self.state["params"], self._batch(self.eval_batch_size)).compile()
+
+    def put(self, batch: Mapping[str, Any]) -> Any:
+        """The batch on its devices; the copy overlaps with the step that runs."""
+        return jax.device_put(dict(batch), self.batch_shardings)
+
+    def batches(self, start: int = 0) -> Any:
+        """The endless training data from batch `start` on, an iterator with close()."""
+        return pipeline.train_batches(self.task, batch_size=self.batch_size, seed=self.config["seed"], start_step=start)
+
+    def evaluate(
+        self, compiled: Any, params: Any, split: str, stopping: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """{"loss", "accuracy", "examples"} over a whole split; None once `stopping` says so."""
+        total, running = np.zeros(len(step.SUMS)), collections.deque[Any]()
+        for batch in pipeline.eval_batches(self.task, split, self.eval_batch_size):
+            if stopping():
+                return None
+            running.append(compiled(params, self.put(batch)))
+            if len(running) > AHEAD:
+                total += np.asarray(running.popleft(), np.float64)
+        loss, correct, weight = sum(map(np.asarray, running), total).tolist()
+        return {"loss": loss / weight, "accuracy": correct / weight, "examples": self.task.splits[split]}
