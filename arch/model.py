@@ -77,14 +77,19 @@ class Model(nnx.Module):
     ) -> Float[Array, "B *T C"]:
         """Logits, float32: [B C] of a classifier, [B T C] of a language model. keep None: inputs != 0."""
         keep = inputs != 0 if keep is None else keep
-        x = self._embed(inputs)
+        with jax.named_scope("embed"):
+            x = self._embed(inputs)
         if self.cls is not None:
             if segment_ids is not None:
                 raise ConfigError("head.pooling", "packed sequences share one CLS token; use a language model head")
             x = jnp.concatenate([jnp.broadcast_to(self.cls[...], (x.shape[0], 1, x.shape[2])), x], axis=1)
             keep = jnp.pad(keep, [(0, 0), (1, 0)], constant_values=True)
-        x = self.dropout(self.positions(x))
-        return self.head(self.topology(x, keep=keep, segment_ids=segment_ids), keep)
+        with jax.named_scope("positions"):
+            x = self.positions(x)
+        with jax.named_scope("topology"):
+            x = self.topology(self.dropout(x), keep=keep, segment_ids=segment_ids)
+        with jax.named_scope("head"):
+            return self.head(x, keep)
 
     def _embed(self, inputs: Int[Array, "*A"]) -> Float[Array, "*A D"]:
         return jnp.take(self.embed.embedding[...], inputs, axis=0)  # nnx.Embed would widen bf16 to float32

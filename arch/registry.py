@@ -42,6 +42,10 @@ class Registry:
     def names(self) -> list[str]:
         return sorted(self._entries)
 
+    def name_of(self, constructor: Any) -> str | None:
+        """The name under which a constructor is registered."""
+        return next((name for name, entry in self._entries.items() if entry is constructor), None)
+
     def options(self, name: str) -> Mapping[str, schema.Option]:
         return schema.options(self[name], self.provided)
 

@@ -327,7 +327,7 @@ def config_hash(config: Mapping[str, Any] | ml_collections.ConfigDict) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def command(main: Callable[[list[str]], int | None]) -> Callable[[Sequence[str] | None], int]:
+def command(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
     """Wraps a program: a ConfigError becomes one line on standard error and exit code 2."""
 
     def run(argv: Sequence[str] | None = None) -> int:

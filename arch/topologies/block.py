@@ -54,15 +54,20 @@ class Block(nnx.Module):
         segment_ids: Int[Array, "B *A"] | None = None,
     ) -> Float[Array, "B *A D"]:
         def mix(x: Array) -> Array:
-            if self.mixer.axes is None or x.ndim == 3:
-                return self.mixer(x, keep=keep, segment_ids=segment_ids)
-            batch, *grid, width = x.shape  # a sequence mixer reads a grid in row-major order
-            flat = [None if a is None else a.reshape(batch, -1) for a in (keep, segment_ids)]
-            y = self.mixer(x.reshape(batch, -1, width), keep=flat[0], segment_ids=flat[1])
-            return y.reshape(batch, *grid, width)
+            with jax.named_scope("mixer"):
+                if self.mixer.axes is None or x.ndim == 3:
+                    return self.mixer(x, keep=keep, segment_ids=segment_ids)
+                batch, *grid, width = x.shape  # a sequence mixer reads a grid in row-major order
+                flat = [None if a is None else a.reshape(batch, -1) for a in (keep, segment_ids)]
+                y = self.mixer(x.reshape(batch, -1, width), keep=flat[0], segment_ids=flat[1])
+                return y.reshape(batch, *grid, width)
 
-        x = self.mix(x, mix)
-        return x if self.channel is None or self.transform is None else self.transform(x, self.channel)
+        return self._transform(self.mix(x, mix))
+
+    def _transform(self, x: Array) -> Array:
+        if self.channel is None or self.transform is None:
+            return x
+        return self.transform(x, jax.named_scope("channel")(self.channel))
 
     def init_state(self, batch: int, max_length: int) -> State:
         return self.mixer.init_state(batch, max_length)
@@ -76,9 +81,7 @@ class Block(nnx.Module):
             after.append(new)
             return y
 
-        x = self.mix(x, mix)
-        if self.channel is not None and self.transform is not None:
-            x = self.transform(x, self.channel)
+        x = self._transform(self.mix(x, mix))
         return x, after[0]
 
 

@@ -6,6 +6,7 @@ Source: Yu et al. 2022, arXiv:2111.11418.
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -96,8 +97,9 @@ class MetaFormer(nnx.Module):
         keep: Bool[Array, "B *A"] | None = None,
         segment_ids: Int[Array, "B *A"] | None = None,
     ) -> Float[Array, "B *A D"]:
-        for block in self.blocks:
-            x = run_block(block, x, self.remat, keep=keep, segment_ids=segment_ids)
+        for i, block in enumerate(self.blocks):
+            with jax.named_scope(f"blocks/{i}"):  # the parameters' path, for profiles and the cost table
+                x = run_block(block, x, self.remat, keep=keep, segment_ids=segment_ids)
         return x if self.norm is None else self.norm(x)
 
     def init_state(self, batch: int, max_length: int) -> list[State]:

@@ -1,0 +1,136 @@
+"""What a model costs, from shapes alone: parameters by part, FLOPs, saved activations, decode state."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import Var
+
+from arch import flops
+from arch.errors import ConfigError
+from arch.model import Functional, functional
+from arch.registry import CHANNEL_MIXERS, HEADS, MIXERS, POSITIONS
+from arch.spec import InputSpec
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row of the table: a part of the network, how often it stands there, what it costs in all."""
+
+    name: str
+    copies: int
+    params: int
+    flops: float  # forward, one example
+
+
+@dataclass(frozen=True)
+class Account:
+    """Totals for one example of the longest length. Bytes are of float32 parameters and activations of `dtype`."""
+
+    parts: tuple[Part, ...]
+    params: int
+    flops: float  # forward
+    train_flops: float  # loss, gradient; recomputation (remat, tiled attention) included; the optimiser not
+    activation_bytes: int  # kept from the forward for the backward pass, parameters not counted
+    state_bytes: int | None  # decode state at the longest length; None if the model does not decode
+
+
+def size(tree: Any) -> int:
+    """Number of elements."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def nbytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def count_params(model: Mapping[str, Any], spec: InputSpec) -> int:
+    """Exact; takes some tens of milliseconds."""
+    return size(functional(model, spec).abstract())
+
+
+def forward_flops(model: Mapping[str, Any], spec: InputSpec) -> float:
+    """Of one example of the longest length."""
+    net = functional(model, spec)
+    return flops.count(net.apply, net.abstract(), _inputs(spec)).flops
+
+
+def account(model: Mapping[str, Any], spec: InputSpec, *, dtype: Any = jnp.float32, remat: str = "none") -> Account:
+    """The costs of a config's section `model` on a task's inputs."""
+    net = functional(model, spec, remat=remat)
+    params = net.abstract()
+    forward = flops.count(functional(model, spec).apply, params, _inputs(spec))  # scopes are plain without remat
+    return Account(
+        parts=_parts(net, params, forward.scopes),
+        params=size(params),
+        flops=forward.flops,
+        train_flops=flops.count(lambda p, x: jax.grad(_loss(net))(p, x), params, _inputs(spec)).flops,
+        activation_bytes=_saved(net, params, _inputs(spec), dtype),
+        state_bytes=_state(net, params, spec, dtype),
+    )
+
+
+def _inputs(spec: InputSpec, batch: int = 1) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((batch, spec.length), jnp.int32)
+
+
+def _loss(net: Functional) -> Any:
+    return lambda params, inputs: net.apply(params, inputs).sum()  # the loss proper is O(classes): nothing beside this
+
+
+def _saved(net: Functional, params: Any, inputs: Any, dtype: Any) -> int:
+    """Bytes of what the forward pass hands to the backward pass: the leaves of jax.vjp's function."""
+    cast = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), params)
+    closed = jax.make_jaxpr(lambda p, x: jax.tree.leaves(jax.vjp(lambda p: _loss(net)(p, x), p)[1]))(cast, inputs)
+    given = set(closed.jaxpr.invars)
+    kept = {v for v in closed.jaxpr.outvars if isinstance(v, Var) and v not in given}
+    return nbytes([v.aval for v in kept])
+
+
+def _state(net: Functional, params: Any, spec: InputSpec, dtype: Any) -> int | None:
+    cast = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), params)
+    try:
+        return nbytes(jax.eval_shape(lambda p: net.module(p).init_state(1, spec.length), cast))
+    except ConfigError:  # a classifier does not decode
+        return None
+
+
+def _parts(net: Functional, params: Any, scopes: Mapping[str, float]) -> tuple[Part, ...]:
+    """One row for each kind of component; a parameter path or name scope counts to the component it lies under."""
+    owners = _components(net.module(params))
+    rows: dict[str, tuple[set[str], int, float]] = {}
+
+    def add(path: str, params: int, flops: float) -> None:
+        owner = next((p for p in _prefixes(path) if p in owners), "")
+        name = owners.get(owner) or ("embedding" if path.startswith(("embed", "cls")) else "norms, residuals, rest")
+        copies, total, work = rows.get(name, (set(), 0, 0.0))
+        rows[name] = copies | {owner}, total + params, work + flops
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        add(jax.tree_util.keystr(path, simple=True, separator="/"), math.prod(leaf.shape), 0.0)
+    for scope, amount in scopes.items():
+        add(scope, 0, amount)
+    order = ("embedding", *dict.fromkeys(owners.values()), "norms, residuals, rest")
+    return tuple(Part(name, len(rows[name][0]), *rows[name][1:]) for name in order if name in rows)
+
+
+def _prefixes(path: str) -> list[str]:
+    """The path and its parents, the longest first."""
+    keys = path.split("/")
+    return ["/".join(keys[:n]) for n in range(len(keys), 0, -1)]
+
+
+def _components(model: nnx.Module) -> dict[str, str]:
+    """Path of every registered position encoding, mixer, channel mixer and head in the model: "mixer softmax"."""
+    found = {}
+    for keys, module in nnx.iter_modules(model):
+        for registry in (POSITIONS, MIXERS, CHANNEL_MIXERS, HEADS):
+            name = registry.name_of(type(module))
+            if name is not None:
+                found["/".join(map(str, keys))] = f"{registry.what} {name}"
+    order = [registry.what for registry in (POSITIONS, MIXERS, CHANNEL_MIXERS, HEADS)]
+    return dict(sorted(found.items(), key=lambda item: order.index(item[1].rpartition(" ")[0])))
