@@ -1,6 +1,7 @@
 """The machine and the software of a run, as environment.json and summary.json tell it, and the compile cache."""
 
 import functools
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -20,13 +21,16 @@ PACKAGES = ("archloom", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "g
 def compile_cache() -> Path:
     """Turns on JAX's persistent compilation cache, for everything, in a folder that only this user can read.
 
-    $ARCHLOOM_CACHE or ~/.cache/archloom holds it. A compiled program is code: a folder others can write is refused.
+    $ARCHLOOM_CACHE or ~/.cache/archloom holds it. A compiled program is code: another user's folder is refused;
+    each kind of processor has its own, so that a home shared by machines gives none the instructions of another.
     """
-    folder = Path(os.environ.get("ARCHLOOM_CACHE") or Path.home() / ".cache" / "archloom") / "xla"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if folder.stat().st_uid != os.getuid():
-        raise PermissionError(f"{folder} belongs to another user; set ARCHLOOM_CACHE to a folder of your own")
-    folder.chmod(0o700)
+    root = Path(os.environ.get("ARCHLOOM_CACHE") or Path.home() / ".cache" / "archloom") / "xla"
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if root.stat().st_uid != os.getuid():
+        raise PermissionError(f"{root} belongs to another user; set ARCHLOOM_CACHE to a folder of your own")
+    root.chmod(0o700)
+    processor = hashlib.sha256("\n".join(_cpuinfo("model name", "flags", "Features")).encode()).hexdigest()[:8]
+    folder = root / f"{platform.machine()}-{processor}"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -77,12 +81,17 @@ def device() -> str:
     first = jax.devices()[0]
     if first.platform != "cpu":
         return first.device_kind
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()} ({os.cpu_count()} cores)"
+    for name in _cpuinfo("model name"):
+        return f"{name} ({os.cpu_count()} cores)"
     return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+
+
+def _cpuinfo(*fields: str) -> list[str]:
+    """The values of these fields for the first processor, where the system tells them."""
+    file = Path("/proc/cpuinfo")
+    first = file.read_text().split("\n\n")[0] if file.exists() else ""
+    pairs = (line.partition(":") for line in first.splitlines())
+    return [value.strip() for name, _, value in pairs if name.strip() in fields]
 
 
 def peak_bytes() -> int:

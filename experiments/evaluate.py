@@ -1,0 +1,81 @@
+"""Scores a checkpoint of a run on a whole split.
+
+    python -m experiments.evaluate --run=runs/linear --checkpoint=best --split=test
+
+Prints one JSON object on standard output and one line to read on standard error.
+"""
+
+import json
+import sys
+from argparse import RawDescriptionHelpFormatter
+from pathlib import Path
+
+import jax
+
+from arch.errors import ConfigError
+from experiments import config as configs
+from experiments import environment
+from experiments.checkpoint import Checkpoints, Damaged
+from experiments.files import read_json
+from experiments.program import Program
+
+
+def choose(checkpoints: Checkpoints, which: str) -> int:
+    """The step that "best", "last" or a number names."""
+    if not (steps := checkpoints.steps()):
+        raise ConfigError("--run", f"{checkpoints.folder} holds no checkpoint")
+    known = f"kept: {', '.join(map(str, steps))}"
+    if which == "last":
+        return steps[-1]
+    if which == "best":
+        if (best := checkpoints.best()) is None:
+            raise ConfigError("--checkpoint", f"no validation yet, so no best; name last or a step ({known})")
+        return best
+    if not which.isdigit() or int(which) not in steps:
+        raise ConfigError("--checkpoint", f"{which!r} is not best, last or a step that is kept ({known})")
+    return int(which)
+
+
+def evaluate(folder: Path, which: str, split: str) -> dict:
+    """{"run", "checkpoint", "step", "split", "loss", "accuracy", "examples", "majority"}."""
+    if not (folder / "config.json").exists():
+        raise ConfigError("--run", f"{folder} has no config.json; name a run's folder")
+    program = Program(configs.resolve(read_json(folder / "config.json")["config"]))
+    program.task.prepare()
+    if split not in program.task.splits:
+        raise ConfigError("--split", f"{split!r} is not one of {', '.join(program.task.splits)}")
+    checkpoints, name = Checkpoints(folder / "checkpoints"), program.evaluated
+    step = choose(checkpoints, which)
+    with jax.set_mesh(program.mesh):
+        try:
+            _, state, _ = checkpoints.load_step(step, {name: program.state[name]})
+        except Damaged as error:
+            raise ConfigError("--checkpoint", f"step {step} is damaged: {error}; name another") from error
+        scores = program.evaluate(program.compile_eval(), state[name], split)
+    assert scores is not None  # nothing asks it to stop
+    about = {"run": str(folder), "checkpoint": which, "step": step, "split": split}
+    return {**about, **scores, "majority": program.task.majority(split)}
+
+
+def main(argv: list[str]) -> int:
+    environment.quiet()
+    environment.compile_cache()
+    parser = configs.Parser(
+        prog="experiments.evaluate", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
+    parser.add_argument("--split", default="test")
+    flags = parser.parse_args(argv)
+    found = evaluate(flags.run, flags.checkpoint, flags.split)
+    print(json.dumps(found))
+    print(
+        f"step {found['step']}: {found['split']} accuracy {found['accuracy']:.4f} (majority {found['majority']:.4f}), "
+        f"loss {found['loss']:.4f}, {found['examples']} examples",
+        file=sys.stderr,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(configs.command(main)(None))
