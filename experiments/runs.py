@@ -130,6 +130,14 @@ def last_line(file: Path, window: int = 1 << 13) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}; an empty subtree stays as it is."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
 def _json(file: Path) -> Record | None:
     try:
         return json.loads(file.read_text())

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from arch.errors import ConfigError, unknown, within
+from experiments.runs import flatten
 
 Overrides = dict[str, Any]
 SPACE_KEYS = ("space", "trials", "seeds", "sampler", "seed")
@@ -180,17 +181,6 @@ def _lines(job: Mapping[str, Any] | None) -> list[str]:
     if job is None:
         return []
     return [f"label = {job['label']}", *(f"config.{k} = {v!r}" for k, v in sorted(flatten(job["config"]).items()))]
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}; an empty subtree stays as it is."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def read_in_child(file: str, common: Sequence[str] = ()) -> list[Job]:

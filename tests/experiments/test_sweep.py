@@ -190,5 +190,5 @@ def test_half_made_ledger_is_made_anew(place):
 
 
 def test_start_needs_no_jax():
-    code = "import sys, experiments.sweep; sys.exit('jax' in sys.modules)"
+    code = "import sys, experiments.sweep, experiments.tables, experiments.report; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
