@@ -26,8 +26,8 @@ PINNED: dict[str, str] = {
     "length_500_2000-depth_10-args_10-n_96000_2000_2000-seed_0": (
         "9b84274c9de16aec11b484e23d310a43c4a2555dd6cf14d10b3dc667665f4101"
     ),
-    "length_32_128-depth_10-args_10-n_20000_1000_1000-seed_0": (
-        "e8b9d69298e8a83291e1567038370666116d2ab61ba119b35cb85ecc998ef551"
+    "length_32_128-depth_10-args_10-n_20000_2000_2000-seed_0": (
+        "a2f18b396421e4649bd1ef31bbe6c087c2457ef2a8edde90a51827cee80b0681"
     ),
 }
 

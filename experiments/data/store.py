@@ -59,7 +59,7 @@ class DataSet:
         made = content_hash(splits)
         self._check_pin(made)
         builder = self._builder(splits)
-        builder.info.metadata["content_hash"] = made
+        builder.info.metadata.update(content_hash=made, splits=list(splits))
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # TFDS's own bars
             builder.download_and_prepare()
         sizes = ", ".join(f"{name} {len(examples):,}" for name, examples in splits.items())
@@ -67,23 +67,23 @@ class DataSet:
         print(f"{self.task}: made {sizes} in {seconds:.1f} s; kept in {self.folder}", file=sys.stderr, flush=True)
 
     def _read(self) -> tuple[dict[str, TokenExamples], str]:
-        builder = self._builder()
-        stored = builder.info.metadata["content_hash"]
-        self._check_pin(stored)
         splits = {}
         try:
-            for name in builder.info.splits:
+            builder = self._builder()
+            stored = builder.info.metadata["content_hash"]
+            for name in builder.info.metadata["splits"]:  # TFDS promises no order of its own
                 source = builder.as_data_source(split=name)
                 chunks = (range(i, min(i + READ, len(source))) for i in range(0, len(source), READ))
                 records = (record for chunk in chunks for record in source.__getitems__(chunk))
                 splits[name] = TokenExamples.pack((record["inputs"], record["label"]) for record in records)
-            found = content_hash(splits)
         except Exception as error:  # whatever the decoder makes of damaged bytes
             raise DataError(f"{self.folder} cannot be read ({error}); delete it, and it is made again") from error
+        found = content_hash(splits)
         if found != stored:
             raise DataError(
                 f"{self.folder} is damaged: content {found[:12]}, not {stored[:12]}; delete it to make it again"
             )
+        self._check_pin(found)
         return splits, found
 
     def _check_pin(self, found: str) -> None:

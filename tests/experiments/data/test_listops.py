@@ -12,6 +12,8 @@ import pytest
 from arch.errors import ConfigError
 from arch.registry import TASKS
 from arch.schema import resolve
+from configs import quickstart
+from configs.lra import listops as lra_listops
 from experiments.data import listops
 from experiments.data.__main__ import main
 from experiments.data.listops import PINNED, ListOps
@@ -86,25 +88,30 @@ def test_data_dir_from_the_environment(tmp_path, monkeypatch):
     assert (tmp_path / "here" / "listops").is_dir()
 
 
-def test_quick_variants_are_pinned(tmp_path):
-    """The data of the quick start, made and checked; the pin itself is compared on generation."""
-    task = ListOps(
-        data_dir=str(tmp_path), max_length=128, train_examples=20_000, validation_examples=1_000, test_examples=1_000
-    )
+def configured(config):
+    return {key: x for key, x in config.get_config().task.items() if key != "name"}
+
+
+def test_the_quick_start_has_the_pinned_data(tmp_path):
+    task = ListOps(**{**configured(quickstart), "data_dir": str(tmp_path)})
     assert task.content_hash == PINNED[task.variant]
+
+
+def test_the_lra_config_has_the_pinned_data():
+    assert ListOps(**configured(lra_listops)).variant == ListOps().variant in PINNED
 
 
 @pytest.mark.slow
 def test_full_set(tmp_path):
-    """LRA's figures: length mean 1039, p10 579, median 961, p90 1649 over 20,000; classes 0 and 9 near 17 %."""
+    """Lengths by the exact law: mean 1035.0 (standard error 1.3), p10 577, median 954, p90 1643."""
     task = ListOps(data_dir=str(tmp_path))
     assert task.content_hash == PINNED[task.variant]
     assert task.splits == {"train": 96_000, "validation": 2_000, "test": 2_000}
     lengths, labels = task.examples("train").lengths, task.examples("train").labels
     assert lengths.min() == 501
     assert lengths.max() == 1999
-    assert abs(lengths.mean() - 1039) < 10
-    assert np.abs(np.percentile(lengths, (10, 50, 90)) - (579, 961, 1649)).max() < 12
+    assert abs(lengths.mean() - 1035.0) < 4
+    assert np.abs(np.percentile(lengths, (10, 50, 90)) - (577, 954, 1643)).max() < 8
     shares = np.bincount(labels) / len(labels)
     assert shares[[0, 9]].min() > 0.16
     assert shares[1:9].max() < 0.095
@@ -142,6 +149,14 @@ def test_damaged_files_are_noticed(tmp_path):
     file.write_bytes(intact[: len(intact) // 2])
     with pytest.raises(DataError, match="delete it"):
         small(tmp_path, train_examples=500).prepare()
+    file.write_bytes(intact)
+    for name in ("metadata.json", "dataset_info.json"):
+        content = (folder_of(task) / name).read_bytes()
+        (folder_of(task) / name).unlink()
+        with pytest.raises(DataError, match="delete it"):
+            small(tmp_path, train_examples=500).prepare()
+        (folder_of(task) / name).write_bytes(content)
+    small(tmp_path, train_examples=500).prepare()
 
 
 def test_a_file_of_another_variant_is_noticed(tmp_path):

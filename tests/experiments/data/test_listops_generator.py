@@ -6,7 +6,7 @@ from statistics import median
 import numpy as np
 import pytest
 
-from experiments.data.listops_generator import BLOCK, OPERATORS, TOKENS, Limits, generate, make_block
+from experiments.data.listops_generator import BLOCK, OPERATORS, TOKENS, Limits, generate, grow, make_block
 from experiments.data.task import TokenExamples, content_hash
 
 SHORT = Limits(min_length=16, max_length=64)
@@ -144,6 +144,40 @@ def test_distribution_is_that_of_whole_trees_rejected(limits, blocks):
     for label in range(10):
         a, b = naive[:, 1] == label, ours[:, 1] == label
         assert abs(a.mean() - b.mean()) < 4 * np.sqrt(a.var() / a.size + b.var() / b.size)
+
+
+def length_law(limits):
+    """Exact: P(length = n) of a whole tree, n < max_length, from the leaves up by convolution."""
+    law = np.zeros(limits.max_length)
+    law[1] = 1  # at max_depth: a digit
+    for _ in range(limits.max_depth - 1):
+        power, arguments = law, np.zeros_like(law)
+        for _ in range(2, limits.max_args + 1):
+            power = np.convolve(power, law)[: law.size]
+            arguments += power / (limits.max_args - 1)
+        law = np.zeros_like(law)
+        law[1] = 3 / 4
+        law[2:] += arguments[:-2] / 4
+    return law
+
+
+def test_length_law_by_hand():
+    """Depth 2, two or three arguments, up to length 4: a digit, or an operator with two."""
+    assert length_law(Limits(0, 5, 2, 3)).tolist() == [0, 0.75, 0, 0, 0.125]
+
+
+@pytest.mark.parametrize(("limits", "blocks"), [(SHORT, 40), (FLAT, 120), (Limits(), 40)], ids=["short", "flat", "lra"])
+def test_lengths_follow_the_exact_law(limits, blocks):
+    """Chi-squared over the rejected and ten bins of kept lengths: 10 degrees of freedom, 35 has p = 1e-4."""
+    law = length_law(limits)
+    law[: limits.min_length + 1] = 0
+    ends = np.searchsorted(np.cumsum(law) / law.sum(), np.arange(1, 10) / 10) + 1
+    lengths = np.concatenate([grow(2, block, limits)[1] for block in range(blocks)])
+    expected = np.array([part.sum() for part in np.split(law, ends)]) * blocks * BLOCK
+    found = np.array([((lengths >= a) & (lengths < b)).sum() for a, b in zip([0, *ends], [*ends, limits.max_length])])
+    rejected = blocks * BLOCK - np.array([expected.sum(), lengths.size])
+    assert expected.min() > 100
+    assert ((found - expected) ** 2 / expected).sum() + (rejected[1] - rejected[0]) ** 2 / rejected[0] < 35
 
 
 def test_no_duplicates_where_they_abound():
