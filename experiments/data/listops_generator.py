@@ -7,8 +7,8 @@ a node at max_depth is always a digit. (LRA's constant is called VALUE_P, but a 
 it: the other way round the mean tree would have a million nodes.) Digits are uniform in 0..9, operators in MIN, MAX,
 MED, SM, argument counts in 2..max_args. A tree is kept if min_length < length < max_length, both exclusive, where an
 operator counts 2 and a digit 1: the number of tokens of `[MAX 3 4 X`, parentheses dropped. MED is the median, rounded
-down; SM is the sum mod 10. By the exact law of the lengths (computed in the tests) LRA's limits keep 8.28 % of trees, of
-length mean 1035.0, standard deviation 393.8, p10 577, median 954, p90 1643.
+down; SM is the sum mod 10. By the exact law of the lengths (computed in the tests) LRA's limits keep 8.28 % of trees,
+with length mean 1035.0, standard deviation 393.8, p10 577, median 954, p90 1643.
 
 How it is drawn. A block is BLOCK trees grown level by level, breadth first: one 64-bit word of Philox-4x64, keyed by
 (seed, block), a node. A tree is abandoned as soon as the nodes already certain to exist reach max_length: that decision
