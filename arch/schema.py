@@ -44,6 +44,7 @@ NonNegativeFloat = Annotated[float, Range(low=0)]
 Rate = Annotated[float, Range(low=0, below=1)]  # a share that may be nothing but not all: dropout, decay, smoothing
 
 
+@typing.runtime_checkable
 class Subtree(Protocol):
     """A type's metadata that checks a nested mapping: Choice, Named and Section in arch/registry.py."""
 
@@ -76,7 +77,7 @@ def options(constructor: Callable[..., Any], provided: tuple[str, ...] = ()) -> 
 def subtree(annotation: Any) -> Subtree | None:
     """The checker of a nested mapping behind an annotation, if it is one."""
     if typing.get_origin(annotation) is Annotated:
-        return next((extra for extra in annotation.__metadata__ if hasattr(extra, "resolve")), None)
+        return next((extra for extra in annotation.__metadata__ if isinstance(extra, Subtree)), None)
     return None
 
 

@@ -1,0 +1,3 @@
+"""Tests, in the layout of the tree they test."""
+
+from tests import typecheck as typecheck  # pytest names it as tests.typecheck

