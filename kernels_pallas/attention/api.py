@@ -128,6 +128,6 @@ def _block_mask(mask: np.ndarray, heads: int, queries: int, keys: int) -> np.nda
         mask = mask[None]
     if mask.ndim != 3 or mask.shape[0] not in (1, heads) or queries % mask.shape[1] or keys % mask.shape[2]:
         raise ValueError(
-            f"attention: block_mask {mask.shape} must be [M N] or [H M N], M dividing T={queries} and N dividing S={keys}"
+            f"attention: block_mask {mask.shape} must be [M N] or [H M N], M dividing T={queries} and N S={keys}"
         )
     return mask

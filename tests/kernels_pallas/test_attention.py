@@ -5,10 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.attention import IMPLEMENTATIONS, attention
+from kernels_pallas.attention import IMPLEMENTATIONS, attention, tiles
 from tests.numerics import rel_rms
 
 OTHERS = sorted(set(IMPLEMENTATIONS) - {"ref"})
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles that neither divide the lengths nor have one shape, and a loop over batch and heads."""
+    monkeypatch.setattr(tiles, "ROWS", 128)
+    monkeypatch.setattr(tiles, "COLUMNS", 96)
+    monkeypatch.setattr(tiles, "SKIPPED", 64)
+    monkeypatch.setattr(tiles, "ELEMENTS", 128 * 96)
 
 
 def make_inputs(B, T, S, H, G, K, V, *, bias=None, keep=False, segments=False, dtype="float32", seed=0):
@@ -96,11 +105,20 @@ CASES = {  # name: (B, T, S, H, G, K, V), options of make_inputs, options of att
 
 @pytest.mark.parametrize("implementation", OTHERS)
 @pytest.mark.parametrize("case", CASES)
-def test_matches_ref(implementation, case):
+def test_matches_ref(implementation, case, small_tiles):
     shape, given, options = CASES[case]
     arrays, extra = make_inputs(*shape, **given)
     options = options | extra
     got, want = forward_and_grads(implementation, arrays, **options), forward_and_grads("ref", arrays, **options)
+    for name in want:
+        assert rel_rms(got[name], want[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("implementation", OTHERS)
+def test_lone_tile_matches_ref(implementation):
+    """Short sequences: batch and heads in one step, with no loop at all."""
+    arrays, options = make_inputs(2, 63, 63, 6, 3, 4, 5, bias=(1, 6, 63, 63), keep=True, segments=True)
+    got, want = (forward_and_grads(name, arrays, causal=True, **options) for name in (implementation, "ref"))
     for name in want:
         assert rel_rms(got[name], want[name]) < 1e-5, name
 
@@ -117,7 +135,7 @@ def test_bfloat16(implementation):
 
 @pytest.mark.parametrize("implementation", OTHERS)
 @pytest.mark.parametrize("per_head", [False, True])
-def test_block_mask(implementation, per_head):
+def test_block_mask(implementation, per_head, small_tiles):
     T, M, N = 288, 9, 6
     arrays, _ = make_inputs(1, T, T, 2, 1, 8, 5)
     mask = np.random.default_rng(3).random((2, M, N) if per_head else (M, N)) < 0.4
