@@ -168,8 +168,9 @@ def read_table(root: Path, task: str) -> Table:
         cells.append(Cell(key, labels[key], tuple(members), tuple(_one_a_seed(labels[key], members, root, warnings))))
     cells.sort(key=lambda cell: (-(cell.mean if cell.mean is not None else -1.0), cell.label, cell.hash))
     flat = [flatten(cell.config) for cell in cells]
-    keys = [key for key in flat[0] if key.startswith("task.") or key in SAME]
-    settings = {key: flat[0][key] for key in keys if all(other.get(key) == flat[0][key] for other in flat)}
+    first = [f"task.{key}" for key in LRA.get(task, {})]  # in this order, then the rest
+    keys = [*first, *(key for key in flat[0] if key.startswith("task.") and key not in first), *SAME]
+    settings = {key: flat[0].get(key) for key in keys if all(other.get(key) == flat[0].get(key) for other in flat)}
     settings = {key: value for key, value in settings.items() if key.removeprefix("task.") not in WHERE}
     return Table(task, tuple(cells), settings, _departures(task, flat), [*warnings, *_mixtures(cells, flat)])
 
@@ -235,7 +236,7 @@ def _mixtures(cells: Sequence[Cell], flat: Sequence[dict[str, Any]]) -> list[str
         if len(values) > 1:
             found.append(f"mixed {what}: {', '.join(values)}; {why}")
     if any(run.environment.get("dirty") for run in runs):
-        found.append("uncommitted changes: some runs come from a source tree that its commit does not describe")
+        found.append("uncommitted changes: the commits marked + do not describe the code of their runs")
     majorities = distinct(cell.majority for cell in cells if cell.majority is not None)
     if len(majorities) > 1:
         found.append(f"mixed majority-class levels: {', '.join(percent(value) for value in majorities)}")

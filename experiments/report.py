@@ -195,7 +195,8 @@ def _cell(table: Table, cell: Cell, out: Path) -> str:
         f'<section class="card run" id="{cell.anchor}"><header><h3><span class="dot" style="background:{color}"></span>'
         f"{escape(cell.label)}</h3><code>config {cell.hash}</code><code>{escape(cell.runs[0].source)}</code></header>"
         '<div class="inner"><table><thead><tr><th>seed</th><th>status</th><th class="n">test</th>'
-        '<th class="n">best validation</th><th class="n">steps</th><th class="n">steps/s</th><th class="n">total</th>'
+        '<th class="n">best validation</th><th class="n">test there</th>'
+        '<th class="n">steps</th><th class="n">steps/s</th><th class="n">total</th>'
         "<th>device</th><th>commit</th><th>parameters (SHA-256)</th><th>run folder</th></tr></thead>"
         f"<tbody>{rows}</tbody></table></div>{_seconds(cell)}"
         + (
@@ -216,6 +217,7 @@ def _run(cell: Cell, run: Run, out: Path) -> str:
     values = (
         ("n", percent(test.get("accuracy"))),
         ("n", f"{percent(best.get('accuracy'))} at {number(best['step'])}" if best else ""),
+        ("n", percent((best.get("test") or {}).get("accuracy"))),
         ("n", number(s.get("steps") or last)),
         ("n", optional("{:.2f}".format, s.get("steps_per_second"))),
         ("n", optional(duration, (s.get("seconds") or {}).get("total"))),
@@ -282,7 +284,8 @@ def _foot(table: Table) -> str:
     ]
     text = f"Left out of every mean: {'; '.join(lost)}. " if lost else ""
     return (
-        f"<footer><p>{text}FLOPs count a multiply and an add as two, forward of one example and a whole training step "
+        f"<footer><p>{text}Test accuracy is that of the last step; that of the best validation step is beside it "
+        "in each run. FLOPs count a multiply and an add as two, forward of one example and a whole training step "
         "per example. Seeds are of initialisation and data order; the examples are the same in all. Made from the run "
         f"folders by <code>python -m experiments.tables {escape(table.task)} --runs=DIR</code>, which gives the same "
         'bytes each time; the numbers are in <a href="table.csv">table.csv</a>, also as '

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from arch.errors import ConfigError
 from experiments import runs, worker
@@ -158,12 +158,19 @@ def open_ledger(folder: Path, jobs: Sequence[Job]) -> Ledger:
     return ledger
 
 
+class Parser(argparse.ArgumentParser):
+    """Argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError("command line", f"{message} (--help lists the flags)")
+
+
 def main(
     argv: Sequence[str],
     trainer: Sequence[str] = TRAINER,
     read_jobs: Callable[[str, Sequence[str]], list[Job]] = read_in_child,
 ) -> int:
-    parser = argparse.ArgumentParser(prog="experiments.sweep", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="experiments.sweep", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", required=True, help="config file with get_sweep()")
     parser.add_argument("--workdir", required=True, type=Path, help="ledger and run folders; the same to go on")
     parser.add_argument("--workers", type=int, default=1, help="jobs at a time (default 1)")
@@ -188,6 +195,9 @@ def main(
             with Display(sweep.states.values(), flags.workers) as display:
                 sweep.run(display.update)
                 display.finish()
+        except BaseException:
+            sweep.stop(signal.SIGTERM)
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -107,10 +107,13 @@ class Display:
             table.add_column(name, justify="left" if name in ("job", "state") else "right", no_wrap=True)
         left = 0.0
         rates = []
+        shown = self._shown()
         for state in self.states:
             p = state.progress()
             left = max(left, p.seconds)
             rates += [p.rate] if p.rate else []
+            if state.job.number not in shown:
+                continue
             table.add_row(
                 state.job.name,
                 Text(WORDS.get(state.state, state.state), style=STYLES.get(state.state, "dim")),
@@ -126,6 +129,13 @@ class Display:
             left += waiting * len(rates) / sum(rates) / self.workers
         ending = Text(f", about {duration(left)} left") if left else Text()
         return Group(table, self._summary() + ending)
+
+    def _shown(self) -> set[int]:
+        """As many jobs as the terminal has room for: those that need looking at, then those next to them in line."""
+        room = max(4, self.console.height - 5)
+        order = ("running", "orphan", "failed", "interrupted", "waiting", "done")
+        ranked = sorted(self.states, key=lambda state: (order.index(state.state), state.job.number))
+        return {state.job.number for state in ranked[:room]}
 
     def _lines(self) -> None:
         for state in self.states:

@@ -16,10 +16,11 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from arch.errors import ConfigError, unknown, within
+from arch.errors import ConfigError, unknown
 from experiments.runs import flatten
 
 Overrides = dict[str, Any]
@@ -78,9 +79,9 @@ def read(file: str, common: Sequence[str] = ()) -> list[Job]:
     shared = {text.partition("=")[0].removeprefix("--config.") for text in common}
     jobs = []
     for number, job in enumerate(overrides, 1):
-        with within(f"job {number}"):
+        try:
             if not isinstance(job, Mapping) or not all(isinstance(key, str) for key in job):
-                raise ConfigError("get_sweep", f"must be a dict of config paths and values, not {job!r}")
+                raise ConfigError("overrides", f"must be a dict of config paths and values, not {job!r}")
             for key in sorted(shared.intersection(job)):
                 raise ConfigError(key, "set by get_sweep() and on the command line; remove one")
             source = file if job.get("arg") is None else f"{file}:{job['arg']}"
@@ -88,6 +89,8 @@ def read(file: str, common: Sequence[str] = ()) -> list[Job]:
             argv = [f"--config={source}", *(configs.as_flag(key, value) for key, value in values.items()), *common]
             config = configs.load(argv).config
             _check_values(values, config)
+        except ConfigError as error:
+            raise ConfigError(f"job {number}: {error.path}", error.problem) from error.__cause__
         jobs.append(Job(number, dict(job), tuple(argv), _plain(config), configs.config_hash(config)))
     seen: dict[tuple[str, int], int] = {}
     for one in jobs:
@@ -114,7 +117,9 @@ def draw(definition: Mapping[str, Any]) -> list[Overrides]:
             raise ConfigError(f"get_sweep.{key}", f"must be a whole number of at least 1, not {value!r}")
     space = {key: _distribution(f"get_sweep.space.{key}", entry) for key, entry in definition["space"].items()}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=samplers[name](seed=definition.get("seed", 0)))
+    with warnings.catch_warnings():  # Optuna calls QMCSampler experimental; the draws are pinned by the ledger
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(sampler=samplers[name](seed=definition.get("seed", 0)))
     points: list[Overrides] = []
     for _ in range(definition["trials"]):
         trial = study.ask(space)
@@ -165,16 +170,20 @@ def definition_text(jobs: Sequence[Job]) -> str:
 
 
 def difference(old: str, new: str, limit: int = 60) -> str:
-    """A unified diff of two definitions, each change under the header of its job; at most limit lines."""
+    """A unified diff of two definitions, jobs that changed alike under one header; at most limit lines."""
     before = {job["job"]: job for job in json.loads(old)}
     after = {job["job"]: job for job in json.loads(new)}
-    lines: list[str] = []
+    alike: dict[tuple[str, ...], list[int]] = {}
     for number in sorted(before | after):
-        old_lines, new_lines = _lines(before.get(number)), _lines(after.get(number))
-        titles = f"job {number} in the ledger", f"job {number} now"
-        lines += difflib.unified_diff(old_lines, new_lines, *titles, n=0, lineterm="")
-    shown = [line for line in lines if not line.startswith("@@")]
-    return "\n".join(shown[:limit] + ([f"... {len(shown) - limit} more lines"] if len(shown) > limit else []))
+        diff = difflib.unified_diff(_lines(before.get(number)), _lines(after.get(number)), n=0, lineterm="")
+        changes = tuple(line for line in list(diff)[2:] if not line.startswith("@@"))
+        if changes:
+            alike.setdefault(changes, []).append(number)
+    lines: list[str] = []
+    for changes, numbers in alike.items():
+        name = f"job{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+        lines += [f"--- {name} in the ledger", f"+++ {name} now", *changes]
+    return "\n".join(lines[:limit] + ([f"... {len(lines) - limit} more lines"] if len(lines) > limit else []))
 
 
 def _lines(job: Mapping[str, Any] | None) -> list[str]:

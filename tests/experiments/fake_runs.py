@@ -44,7 +44,8 @@ def write(
     (folder / "ledger.jsonl").write_text("".join(json.dumps(record) + "\n" for record in ledger))
     summary = {
         "status": status, "reason": "loss is nan at step 200" if status == "failed" else None, "config_hash": hash,
-        "seed": seed, "steps": steps, "best": {"step": steps, "loss": 1.5, "accuracy": accuracy},
+        "seed": seed, "steps": steps,
+        "best": {"step": steps, "loss": 1.5, "accuracy": accuracy, "test": {"accuracy": accuracy}},
         "final": {"validation": {"loss": 1.5, "accuracy": accuracy},
                   "test": {"loss": 1.5, "accuracy": accuracy, "examples": 2000}},
         "params": params, "flops": 130.0 * params, "train_flops": 390.0 * params, "steps_per_second": speed,

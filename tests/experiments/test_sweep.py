@@ -8,12 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import fake_sweep
 import optuna
 import pytest
 
 from experiments import worker
 from experiments.ledger_db import Ledger
+from tests.experiments import fake_sweep
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fake_runs
 import pytest
 
 from experiments import plots, tables
 from experiments.cells import read_table, scaled
 from experiments.runs import RunError, last_line, latest, read_run, read_runs
 from experiments.statistics import student_t, wilson
+from tests.experiments import fake_runs
 
 
 @pytest.fixture
