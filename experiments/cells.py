@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.formats import number, percent
 from experiments.runs import Run, flatten, read_runs
 from experiments.statistics import student_t, wilson
 
@@ -255,26 +256,3 @@ def mean(values: Sequence[float]) -> float | None:
 
 def distinct(values: Iterable[Any]) -> list[Any]:
     return sorted(set(values), key=lambda value: (value is None, value))
-
-
-def percent(value: float | None, unit: str = " %") -> str:
-    return "" if value is None else f"{100 * value:.1f}{unit}"
-
-
-def number(value: Any) -> str:
-    """96000 as 96,000; anything else as it is."""
-    return f"{value:,}" if type(value) is int else str(value)
-
-
-def scaled(value: float | None) -> str:
-    """Three digits with K, M, G, T."""
-    if value is None:
-        return ""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if value >= 0.9995 * size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.3g}"
-
-
-def optional(form: Callable[[Any], str], value: Any) -> str:
-    return "" if value is None else form(value)

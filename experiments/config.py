@@ -125,7 +125,7 @@ def split(
             continue
         name, equals, value = word.partition("=")
         if not equals:
-            if not words:
+            if not words or words[0].startswith("--"):
                 raise ConfigError(name[2:], "has no value; write --config.path=value")
             value = words.pop(0)
         if name == "--config":
@@ -219,7 +219,7 @@ def apply(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
 def _locate(tree: dict[str, Any], keys: list[str]) -> tuple[dict[str, Any], str, schema.Option, Any]:
     known, node, nested = schema.options(Experiment), tree, None
     for depth, key in enumerate(keys):
-        here = join("config", *keys[: depth + 1])
+        here = ".".join(["config", *keys[: depth + 1]])
         chooser = isinstance(nested, Choice) and key == nested.key
         if key not in known and not chooser:
             raise unknown(here, key, known, "key")

@@ -51,7 +51,7 @@ def evaluate(folder: Path, which: str, split: str) -> dict:
             _, state, _ = checkpoints.load_step(step, {name: program.state[name]})
         except Damaged as error:
             raise ConfigError("--checkpoint", f"step {step} is damaged: {error}; name another") from error
-        scores = program.evaluate(program.compile_eval(), state[name], split)
+        scores = program.evaluate(state[name], split)
     assert scores is not None  # nothing asks it to stop
     about = {"run": str(folder), "checkpoint": which, "step": step, "split": split}
     return {**about, **scores, "majority": program.task.majority(split)}

@@ -112,7 +112,7 @@ def sgd(
     if nesterov and not momentum:
         raise ConfigError("nesterov", "needs momentum; set momentum=0.9 or nesterov=False")
     trace = [optax.trace(decay=momentum, nesterov=nesterov)] if momentum else []
-    return optax.chain(*_decay(weight_decay, decay), *trace)
+    return optax.chain(optax.identity(), *_decay(weight_decay, decay), *trace)
 
 
 def _warm(step: Any, warmup: int) -> Any:

@@ -62,12 +62,14 @@ class Program:
         shapes["weight"] = ((size,), "float32")
         return {name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
 
+    @functools.cached_property
     def init(self) -> Any:
-        """A fresh state, made where it will live."""
-        return jax.jit(self._init, out_shardings=self.shardings)(jnp.uint32(self.config["seed"]))
+        """() -> a fresh state, made where it will live."""
+        return jax.jit(functools.partial(self._init, jnp.uint32(self.config["seed"])), out_shardings=self.shardings)
 
-    def compile_train(self) -> Any:
-        """(state, batch) -> (state, METRICS), the state donated."""
+    @functools.cached_property
+    def train_step(self) -> Any:
+        """Compiled: (state, batch) -> (state, METRICS), the state donated."""
         train_step = functools.partial(
             step.train_step,
             apply=self.functional.apply,
@@ -83,13 +85,15 @@ class Program:
         )
         return jitted.lower(self.state, self._batch(self.batch_size)).compile()
 
-    def compile_eval(self) -> Any:
-        """(params, batch) -> SUMS."""
-        eval_step = functools.partial(
-            step.eval_step, apply=self.functional.apply, dtype=DTYPES[self.config["train"]["precision"]]
+    @functools.cached_property
+    def eval_step(self) -> Any:
+        """Compiled: (params, batch) -> SUMS."""
+        dtype = DTYPES[self.config["train"]["precision"]]
+        jitted = jax.jit(
+            functools.partial(step.eval_step, apply=self.functional.apply, dtype=dtype),
+            in_shardings=(self.shardings["params"], self.batch_shardings),
+            out_shardings=self.replicated,
         )
-        at = self.shardings["params"]
-        jitted = jax.jit(eval_step, in_shardings=(at, self.batch_shardings), out_shardings=self.replicated)
         return jitted.lower(self.state["params"], self._batch(self.eval_batch_size)).compile()
 
     def put(self, batch: Mapping[str, Any]) -> Any:
@@ -101,14 +105,14 @@ class Program:
         return pipeline.train_batches(self.task, batch_size=self.batch_size, seed=self.config["seed"], start_step=start)
 
     def evaluate(
-        self, compiled: Any, params: Any, split: str, stopping: Callable[[], bool] = lambda: False
+        self, params: Any, split: str, stopping: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
         """{"loss", "accuracy", "examples"} over a whole split; None once `stopping` says so."""
         total, running = np.zeros(len(step.SUMS)), collections.deque[Any]()
         for batch in pipeline.eval_batches(self.task, split, self.eval_batch_size):
             if stopping():
                 return None
-            running.append(compiled(params, self.put(batch)))
+            running.append(self.eval_step(params, self.put(batch)))
             if len(running) > AHEAD:
                 total += np.asarray(running.popleft(), np.float64)
         loss, correct, weight = sum(map(np.asarray, running), total).tolist()

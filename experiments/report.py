@@ -7,10 +7,10 @@ from importlib.resources import files
 from pathlib import Path
 
 from experiments import plots
-from experiments.cells import Cell, Table, commit, distinct, number, optional, percent, scaled
+from experiments.cells import Cell, Table, commit, distinct
+from experiments.formats import duration, number, optional, percent, scaled
 from experiments.runs import Run, flatten
-from experiments.sweep_display import duration
-from experiments.tables import bounds, link, protocol, seeds
+from experiments.table_text import bounds, link, protocol, seeds
 
 TITLES = {"listops": "ListOps", "text": "Text", "retrieval": "Retrieval", "image": "Image", "pathfinder": "Pathfinder"}
 FOREST = 190.0  # width of the interval column, in pixels

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments import runs
+from experiments.formats import duration
 from experiments.sweep_jobs import Job
 
 STYLES = {"running": "bold cyan", "done": "green", "failed": "bold red", "interrupted": "yellow", "orphan": "yellow"}
@@ -157,16 +158,6 @@ class Display:
                 words += [f"test {p.test:.1%}"] if p.test is not None and state.state == "done" else []
                 words += [f"{duration(p.seconds)} left"] if p.seconds else []
             print(*words, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """90 -> 1 min 30 s."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -105,7 +105,7 @@ def run(program: Program, workdir: Path, stopping: Stopping, started: float) -> 
     ledger, progress = Ledger(workdir), Progress(steps)
     ledger.write("setup", 0, time.perf_counter() - started)
     with ledger.timed("compile", 0):
-        train_step, eval_step = program.compile_train(), program.compile_eval()
+        train_step, _ = program.train_step, program.eval_step
 
     state, step, notes = restore(program, checkpoints, ledger)
     batches = program.batches(int(state["batch"]))
@@ -163,7 +163,7 @@ def run(program: Program, workdir: Path, stopping: Stopping, started: float) -> 
             watch.pause(step)
         if evaluate:
             with ledger.timed("evaluate", step, split="validation"):
-                found = program.evaluate(eval_step, state[program.evaluated], "validation", stopping)
+                found = program.evaluate(state[program.evaluated], "validation", stopping)
             if found is not None:
                 notes["evaluated"], notes["last"] = step, found
                 metrics.write(step, "validation", seconds=round(watch.total, 3), **found)
@@ -194,7 +194,7 @@ def run(program: Program, workdir: Path, stopping: Stopping, started: float) -> 
     scores = None
     if not stopping():
         with ledger.timed("evaluate", step, split="test"):
-            scores = score_test(program, checkpoints, eval_step, state, notes["best"], stopping)
+            scores = score_test(program, checkpoints, state, notes["best"], stopping)
     if scores is not None:
         metrics.write(step, "test", seconds=round(watch.total, 3), **scores[0])
     progress.close()
@@ -264,11 +264,11 @@ def failed_save(failure: tuple[int, BaseException], progress: Progress, ledger: 
 
 
 def score_test(
-    program: Program, checkpoints: Checkpoints, eval_step: Any, state: Any, best: dict[str, Any], stopping: Stopping
+    program: Program, checkpoints: Checkpoints, state: Any, best: dict[str, Any], stopping: Stopping
 ) -> tuple[dict[str, float], dict[str, Any]] | None:
     """The test split with the final parameters, and `best` with that of the best validation step. None if stopped."""
     name = program.evaluated
-    final = program.evaluate(eval_step, state[name], "test", stopping)
+    final = program.evaluate(state[name], "test", stopping)
     if best["step"] == int(state["step"]):
         at_best = final
     else:
@@ -277,7 +277,7 @@ def score_test(
         except Damaged as error:
             where = checkpoints.folder / f"{best['step']:08d}"
             raise Failed(f"the best checkpoint {where} is damaged: {error}; train anew in another folder") from None
-        at_best = program.evaluate(eval_step, found[name], "test", stopping)
+        at_best = program.evaluate(found[name], "test", stopping)
     return (final, {**best, "test": at_best}) if final and at_best else None
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from experiments import plots, tables
-from experiments.cells import read_table, scaled
+from experiments.cells import read_table
+from experiments.formats import duration, scaled
 from experiments.runs import RunError, last_line, latest, read_run, read_runs
 from experiments.statistics import student_t, wilson
+from experiments.table_text import protocol
 from tests.experiments import fake_runs
 
 
@@ -172,7 +174,7 @@ def test_a_seed_run_twice_counts_once(tmp_path):
 
 def test_lra_setting_needs_no_apology(tmp_path):
     fake_runs.write(tmp_path, "a", "a" * 12, task={"max_length": 2000, "train_examples": 96000})
-    assert tables.protocol(read_table(tmp_path, "listops")) == "The data is at Long Range Arena's setting."
+    assert protocol(read_table(tmp_path, "listops")) == "The data is at Long Range Arena's setting."
 
 
 def test_mistakes_are_one_line(root, capsys):
@@ -209,3 +211,10 @@ def test_escapes(tmp_path):
 )
 def test_scaled(value, text):
     assert scaled(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (90, "1 min 30 s"), (7500, "2 h 05 min")]
+)
+def test_duration(value, text):
+    assert duration(value) == text
