@@ -94,7 +94,8 @@ class Checkpoints:
         """Starts a save of the state as it is now; the caller may donate the state once this returns."""
         self.wait()
         leaves = {path: np.array(leaf) for path, leaf in paths(state).items()}  # copies: donation reuses the buffers
-        self._thread = threading.Thread(target=self._save, args=(step, leaves, dict(notes)), name=f"save-{step}")
+        frozen = json.loads(json.dumps(notes))
+        self._thread = threading.Thread(target=self._save, args=(step, leaves, frozen), name=f"save-{step}")
         self._thread.start()
 
     def wait(self) -> None:

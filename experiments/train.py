@@ -115,8 +115,9 @@ def run(program: Program, workdir: Path, stopping: Stopping, started: float) -> 
     running: collections.deque[tuple[int, Any]] = collections.deque()
     while True:
         evaluate = step > 0 and (step % settings["eval_every"] == 0 or step == steps) and notes["evaluated"] != step
-        save = step > saved and (step % settings["save_every"] == 0 or step == steps or stopping())
-        pause = evaluate or save or step == steps or stopping()
+        stop = step == steps or stopping()
+        save = stop or step % settings["save_every"] == 0
+        pause = evaluate or save or stop
 
         bad = None
         while len(running) > (0 if pause else AHEAD) and bad is None:  # reads what the device finished some steps ago
@@ -172,12 +173,13 @@ def run(program: Program, workdir: Path, stopping: Stopping, started: float) -> 
                     f"  loss {found['loss']:.4f}"
                 )
                 if notes["best"] is None or found["accuracy"] > notes["best"]["accuracy"]:
-                    notes["best"], save = {"step": step, **found}, step > saved
-        if save:
+                    notes["best"], save = {"step": step, **found}, True
+            stop = stop or stopping()
+        if (save or stop) and step > saved:
             with ledger.timed("checkpoint", step):
                 checkpoints.save(step, state, {**notes, "window": window.state, "seconds": watch.total})
             saved = step
-        if step == steps or stopping():
+        if stop:
             break
 
         with watch.waiting():

@@ -41,11 +41,11 @@ def same(a, b):
 
 
 def damage(folder, step):
-    """Flips one bit in the middle of the largest data file of a step."""
-    file = max((f for f in (folder / f"{step:08d}").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(bytes(data))
+    """Flips one bit in the middle of every data file of a step."""
+    for file in (folder / f"{step:08d}").rglob("d/*"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(bytes(data))
 
 
 def test_returns_what_was_saved(tmp_path):
@@ -69,17 +69,21 @@ def test_holds_plain_nested_dicts_only(tmp_path):
     assert plain(ocp.load(tmp_path / "00000001"))
 
 
-def test_state_may_be_donated_once_save_returns(tmp_path):
+def test_state_and_notes_may_change_once_save_returns(tmp_path):
     checkpoints, state = Checkpoints(tmp_path), make_state()
     want = jax.tree.map(np.array, state)
     shapes = abstract(state)
-    checkpoints.save(1, state, {})
+    notes = {"window": {"loss": 1.0}}
+    checkpoints.save(1, state, notes)
+    notes["window"]["loss"] = 2.0
     overwrite = jax.jit(
         lambda s: jax.tree.map(lambda x: x * 0 - 1 if x.dtype == jnp.float32 else x, s), donate_argnums=0
     )
     jax.block_until_ready(overwrite(state))
     checkpoints.wait()
-    assert same(jax.tree.map(np.asarray, checkpoints.load(shapes)[1]), want)
+    _, loaded, notes = checkpoints.load(shapes)
+    assert same(jax.tree.map(np.asarray, loaded), want)
+    assert notes == {"window": {"loss": 1.0}}
 
 
 @pytest.mark.parametrize("fault", ["bit", "truncated", "missing", "manifest bit", "manifest cut"])
@@ -87,7 +91,7 @@ def test_damaged_step_is_passed_over(tmp_path, caplog, fault):
     checkpoints, state = Checkpoints(tmp_path, keep=3), make_state()
     for step in (1, 2):
         save(checkpoints, step, make_state(float(step)))
-    files = [f for f in (tmp_path / "00000002").rglob("*") if f.is_file() and "d" in f.parent.name]
+    files = list((tmp_path / "00000002").rglob("d/*"))
     manifest = tmp_path / "00000002.json"
     if fault == "bit":
         damage(tmp_path, 2)

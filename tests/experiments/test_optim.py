@@ -118,7 +118,12 @@ def sgd_rule(nesterov):
     return rule
 
 
+def gradient_rule(name, p, g, t, memory):
+    return p - LR * g
+
+
 CASES = [
+    ({"name": "sgd"}, gradient_rule),
     ({"name": "adam", "b2": 0.98}, adam_rule(0.9, 0.98, 1e-8, 0)),
     ({"name": "adamw", "weight_decay": 0.1}, adam_rule(0.9, 0.98, 1e-9, 0.1)),
     ({"name": "adamw", "weight_decay": 0.1, "decay": "matrices"}, adam_rule(0.9, 0.98, 1e-9, 0.1, True)),

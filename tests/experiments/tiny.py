@@ -19,11 +19,11 @@ LENGTH, CLASSES = 8, 3
 
 
 class Rows:
-    def __init__(self, size: int, seed: int, poison: int = -1):
+    def __init__(self, size: int, seed: int):
         rng = np.random.default_rng(seed)
-        self.inputs = rng.integers(1, 11, (size, LENGTH)).astype(np.uint8)
+        self.label = rng.integers(0, CLASSES, size).astype(np.int32)
+        self.inputs = (1 + self.label[:, None] + CLASSES * rng.integers(0, 3, (size, LENGTH))).astype(np.uint8)
         self.inputs[:, 6:] *= rng.integers(0, 2, (size, 2)).astype(np.uint8)
-        self.label = (self.inputs[:, 0] % CLASSES).astype(np.int32)
 
     def __len__(self):
         return len(self.label)
@@ -33,7 +33,7 @@ class Rows:
 
 
 class Tiny:
-    """The first token modulo 3."""
+    """Every token tells the label: token - 1 modulo 3."""
 
     metric, chance, content_hash = "accuracy", 1 / CLASSES, "none"
 
