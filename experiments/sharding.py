@@ -2,7 +2,7 @@
 
 A rule is (path regex, axes): the first whose regex is found in a parameter's path, such as
 "topology/blocks/0/mixer/qkv/kernel", gives the mesh axes of its dimensions; dimensions left out are replicated. A path
-without a rule, a rule that matches nothing, and a dimension that does not divide are errors. Everything that follows a
+without a rule, a rule that decides nothing, and a dimension that does not divide are errors. Everything that follows a
 parameter (optimiser moments, averaged parameters) has the parameter's path as the end of its own, and its sharding.
 """
 
@@ -26,6 +26,7 @@ Rules = Sequence[tuple[str, Sequence[str | Sequence[str] | None]]]
 # Column parallel into a block, row parallel out of it: one sum over `tensor` a block, on its way out. `fsdp`
 # takes the other dimension. They are for every model, so a dimension that does not divide stays whole, with a warning.
 DEFAULT_RULES: Rules = (
+    (r"^head/", ()),
     (r"(^|/)(qkv|q|k|v|query|key|value|up|gate|in)/kernel$", ("fsdp", "tensor")),
     (r"(^|/)(out|down)/kernel$", ("tensor", "fsdp")),
     (r"(^|/)(embed|embedding|tokens)(/|$)", ("tensor", "fsdp")),
@@ -70,12 +71,14 @@ def parameter_specs(params: Any, rules: Rules, mesh: Mesh) -> dict[str, P]:
         hits = [i for i, (regex, _) in enumerate(compiled) if regex.search(path)]
         if not hits:
             raise ConfigError("sharding", f"no rule matches {path}; end with ('.*', ()) to replicate what is left")
-        used.update(hits)
+        used.add(hits[0])
         at = f"sharding.{hits[0]}" if own else None
         specs[path] = _spec(at, path, leaf.shape, compiled[hits[0]][1], mesh)
     if own and len(used) < len(compiled):
         i = min(set(range(len(compiled))) - used)
-        raise ConfigError(f"sharding.{i}", f"{compiled[i][0].pattern!r} matches no parameter; correct or remove it")
+        raise ConfigError(
+            f"sharding.{i}", f"{compiled[i][0].pattern!r} decides no parameter; correct, move or remove it"
+        )
     return specs
 
 
