@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from experiments.cells import Cell
 from experiments.formats import percent, scaled
@@ -23,6 +23,7 @@ VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", GRID: "var(--grid)"}
 MARKERS = "osD^vP*X"
 SIZE = (6.2, 3.7)  # inches, at 72 units each
 GAP = 13.0  # units between two labels
+ASIDE = 6.0  # units between two models of the same size
 RC: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.id": None, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
     "axes.spines.left": False, "axes.edgecolor": FAINT, "axes.labelcolor": FAINT, "xtick.color": FAINT,
@@ -60,30 +61,32 @@ def accuracy_against_parameters(cells: Sequence[Cell]) -> str:
     shown = [cell for cell in cells if cell.params is not None and cell.mean is not None]
     sizes = [cell.params or 0 for cell in shown]
     ends = []
-    if sizes and max(sizes) > 3 * min(sizes):
+    log = bool(sizes) and max(sizes) > 3 * min(sizes)
+    if log:
         axes.set_xscale("log")
+        axes.set_xlim(min(sizes) / 1.25, max(sizes) * 1.25)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     elif sizes:
         middle = (max(sizes) + min(sizes)) / 2
         half = max(0.6 * (max(sizes) - min(sizes)), 0.1 * middle)
         axes.set_xlim(middle - half, middle + half)
-    width = axes.get_xlim()[1] - axes.get_xlim()[0]
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: scaled(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    pixels, data = axes.transData.transform, axes.transData.inverted().transform
     placed: list[float] = []
     for cell in sorted(shown, key=lambda cell: (cell.params or 0, cell.label)):
         assert cell.mean is not None
         assert cell.interval is not None
         color, marker = style(cells, cell)
-        x = float(cell.params or 0)
-        if axes.get_xscale() == "linear":  # models of the same size stand side by side
-            while any(abs(x - other) < 0.02 * width for other in placed):
-                x += 0.02 * width
-        placed.append(x)
+        place = float(pixels((cell.params or 0, cell.mean))[0])
+        while any(abs(place - other) < ASIDE for other in placed):  # models of the same size stand side by side
+            place += ASIDE
+        placed.append(place)
+        x = float(data((place, 0))[0])
         error = [[cell.mean - cell.interval[0]], [cell.interval[1] - cell.mean]]
         axes.errorbar([x], [cell.mean], yerr=error, color=color, marker=marker, capsize=3, elinewidth=1.6, zorder=3)
         ends.append((x, cell.mean, cell.label, color))
-    if axes.get_xscale() == "linear":
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: scaled(value)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("parameters")
     _finish(axes, cells, ends)
     return _svg(figure, "against-parameters")

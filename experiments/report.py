@@ -119,7 +119,7 @@ def _grid(table: Table) -> str:
             f'<td class="forest">{_interval(cell, color, low, high, levels)}</td>'
             f'<td><span class="mark {verdict.split()[0]}">{verdict}</span></td>'
             f'<td class="n">{len(cell.done)}<span class="small">{", ".join(lost)}</span></td>'
-            f'<td class="n">{optional(number, cell.params)}</td>'
+            f'<td class="n" title="{optional(number, cell.params)}">{_size(cell.params)}</td>'
             f'<td class="n">{scaled(cell.flops)}<span class="small">{scaled(cell.train_flops)}</span></td>'
             f'<td class="n">{optional("{:.2f}".format, cell.steps_per_second)}</td>'
             f'<td class="n">{optional(duration, seconds)}</td></tr>'
@@ -135,6 +135,10 @@ def _grid(table: Table) -> str:
         f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         f'<p class="small">Dashed: the majority-class level, {majority}; chance is {chances}. {_methods(table)}</p>'
     )
+
+
+def _size(params: int | None) -> str:
+    return scaled(params) if params and params >= 10**6 else optional(number, params)
 
 
 def _methods(table: Table) -> str:

@@ -90,7 +90,8 @@ class Display:
         for state in self.states:
             if state.state == "failed":
                 print(f"failed: {state.job.name}: {state.reason}")
-                print(f"    {runs.last_line(state.folder / 'log.txt')}\n    log: {state.folder / 'log.txt'}")
+                log = state.folder / "log.txt"
+                print(f"    {log}: {runs.last_line(log) or '(empty)'}")
             elif state.state == "interrupted" and state.reason:
                 print(f"interrupted: {state.reason}; the same command goes on from its checkpoint")
         if any(state.state == "failed" for state in self.states):
