@@ -113,7 +113,9 @@ class Named:
     choice: Choice
 
     def fields(self, value: Any, path: str) -> Mapping[str, schema.Option]:
-        value = require_mapping(value, path, '{"mixer": {"kind": "softmax", "num_heads": 4}}')
+        example = '{"mixer": {"kind": "softmax", "num_heads": 4}}'
+        if not require_mapping(value, path, example):
+            raise ConfigError(path, f"missing; name at least one, as in {example}")
         return {str(name): schema.Option(str(name), Annotated[Mapping, self.choice]) for name in value}
 
     def resolve(self, value: Any, path: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from arch.errors import ConfigError, join, unknown
 
-REQUIRED = inspect.Parameter.empty
+REQUIRED = object()  # the default of an option that has none
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ def options(constructor: Callable[..., Any], provided: tuple[str, ...] = ()) -> 
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in provided:
             if name not in hints:
                 raise TypeError(f"{constructor.__qualname__}: option {name} has no type")
-            found[name] = Option(name, hints[name], parameter.default)
+            default = REQUIRED if parameter.default is inspect.Parameter.empty else parameter.default
+            found[name] = Option(name, hints[name], default)
     return types.MappingProxyType(found)
 
 

@@ -14,3 +14,7 @@ def compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(CACHE / "tests"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden files anew")

@@ -39,7 +39,7 @@ def test_shape_and_dtype(name, mode, x):
     mixer = build(name, mode)
     for dtype in (jnp.float32, jnp.bfloat16):
         graph, state = nnx.split(mixer)
-        cast = nnx.merge(graph, jax.tree.map(lambda p: p.astype(dtype), state))
+        cast = nnx.merge(graph, jax.tree.map(lambda p, dtype=dtype: p.astype(dtype), state))
         y = jax.eval_shape(cast, x.astype(dtype))
         assert (y.shape, y.dtype) == (x.shape, dtype)
 

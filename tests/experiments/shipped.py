@@ -1,0 +1,21 @@
+"""Every shipped config with each argument that its own sweep uses."""
+
+from pathlib import Path
+
+from experiments import config
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def _sources() -> list[str]:
+    found = []
+    for file in sorted((ROOT / "configs").rglob("*.py")):
+        path = str(file.relative_to(ROOT))
+        module = config.module(path)
+        if hasattr(module, "get_config"):
+            arguments = {job["arg"] for job in module.get_sweep() if "arg" in job}
+            found += [f"{path}:{name}" for name in sorted(arguments)] or [path]
+    return found
+
+
+SOURCES = _sources()
