@@ -108,6 +108,12 @@ class Progress:
             self._task = self._bar.add_task("train", total=total, text="")
             self._bar.start()
 
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def update(self, step: int, fields: Mapping[str, Any]) -> None:
         """fields: loss, accuracy, examples_per_second, steps_per_second."""
         finite = fields["loss"] is not None

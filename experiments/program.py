@@ -15,6 +15,7 @@ import experiments.data  # noqa: F401  registers the tasks
 from arch import model
 from arch.errors import within
 from arch.registry import TASKS
+from experiments import config as configs
 from experiments import optim, sharding, step
 from experiments.data import pipeline
 
@@ -25,10 +26,13 @@ AHEAD = 3  # steps the host may run ahead of the device: enough to keep it busy,
 class Program:
     """Task, model, optimiser and mesh of a resolved config. Making one checks everything and compiles nothing."""
 
-    def __init__(self, config: Mapping[str, Any], devices: Any = None):
-        self.config, train = config, config["train"]
+    def __init__(self, config: Any, devices: Any = None):
+        self.config = config = configs.plain(config)
+        train = config["train"]
         self.steps, self.batch_size = train["steps"], train["batch_size"]
         self.eval_batch_size = train["eval_batch_size"] or self.batch_size
+        if jax.process_count() > 1:
+            raise NotImplementedError("one process only: batches and checkpoints are not yet split between processes")
         with within("config"):
             self.mesh = sharding.make_mesh(config["mesh"], devices)
             self.task = TASKS.build(config["task"], path="task")

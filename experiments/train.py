@@ -34,6 +34,7 @@ from experiments.step import METRICS
 
 log = logging.getLogger("archloom")
 SECONDS = ("setup", "compile", "train", "data", "evaluate", "checkpoint")
+BUNDLES = 8  # of non-finite steps kept
 ROLLBACKS = 3  # from one checkpoint, before the run gives up
 
 
@@ -56,9 +57,9 @@ def train(config: Any, workdir: Path, source: str) -> int:
             return code
         environment.compile_cache()
         program = Program(config)
-        with jax.set_mesh(program.mesh):
+        with jax.set_mesh(program.mesh), Progress(program.steps) as progress:
             try:
-                return run(program, workdir, stopping, started)
+                return run(program, workdir, stopping, progress, started)
             except Failed as failure:
                 print(f"{workdir}: {failure}", file=sys.stderr)
                 return 1
@@ -95,14 +96,14 @@ def differences(old: Any, new: Any, path: str = "config") -> list[str]:
     return [] if old == new else [f"{path}: {old!r}, now {new!r}"]
 
 
-def run(program: Program, workdir: Path, stopping: Stopping, started: float) -> int:
+def run(program: Program, workdir: Path, stopping: Stopping, progress: Progress, started: float) -> int:
     """The loop. `step` counts the updates that were started; `running` holds those whose metrics are not yet read."""
     settings, task, steps = program.config["train"], program.task, program.steps
     task.prepare()
     write_json(workdir / "environment.json", environment.describe(), indent=1)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings["keep"])
     checkpoints.sweep()
-    ledger, progress = Ledger(workdir), Progress(steps)
+    ledger = Ledger(workdir)
     ledger.write("setup", 0, time.perf_counter() - started)
     with ledger.timed("compile", 0):
         train_step, _ = program.train_step, program.eval_step
@@ -110,7 +111,7 @@ def run(program: Program, workdir: Path, stopping: Stopping, started: float) -> 
     state, step, notes = restore(program, checkpoints, ledger)
     batches = program.batches(int(state["batch"]))
     metrics, watch, window = Metrics(workdir, step), Stopwatch(ledger, notes["seconds"]), Window(notes["window"])
-    majority, saved = task.majority("validation"), step
+    majority, saved, best_before = task.majority("validation"), step, notes["best"]
     rollbacks: collections.Counter[int] = collections.Counter()
     running: collections.deque[tuple[int, Any]] = collections.deque()
     while True:
@@ -159,6 +160,8 @@ def run(program: Program, workdir: Path, stopping: Stopping, started: float) -> 
             continue
         if failure := checkpoints.poll():
             failed_save(failure, progress, ledger)
+            if notes["best"] and notes["best"]["step"] == failure[0]:
+                notes["best"] = best_before  # the best is one that can be loaded
         if pause:
             jax.block_until_ready(state)
             watch.pause(step)
@@ -173,7 +176,7 @@ def run(program: Program, workdir: Path, stopping: Stopping, started: float) -> 
                     f"  loss {found['loss']:.4f}"
                 )
                 if notes["best"] is None or found["accuracy"] > notes["best"]["accuracy"]:
-                    notes["best"], save = {"step": step, **found}, True
+                    best_before, notes["best"], save = notes["best"], {"step": step, **found}, True
             stop = stop or stopping()
         if (save or stop) and step > saved:
             with ledger.timed("checkpoint", step):
@@ -216,11 +219,10 @@ def run(program: Program, workdir: Path, stopping: Stopping, started: float) -> 
         "examples_per_second": rate * program.batch_size,
     }
     write_json(workdir / "summary.json", result, indent=1)
-    print(
-        f"{workdir}: done, {step} steps; test accuracy {test['accuracy']:.4f}, "
-        f"{best['test']['accuracy']:.4f} at the best validation step {best['step']} "
-        f"(majority {result['task']['majority']:.4f})"
-    )
+    level = f"majority {result['task']['majority']:.4f}"
+    at_best = f"{best['test']['accuracy']:.4f}" if best["test"] else "unknown"
+    print(f"{workdir}: done, {step} steps; test accuracy {test['accuracy']:.4f} ({level}),", end=" ")
+    print(f"{at_best} at the best validation step {best['step']}")
     return 0
 
 
@@ -245,6 +247,8 @@ def restore(program: Program, checkpoints: Checkpoints, ledger: Ledger) -> tuple
 def replay(program: Program, workdir: Path, state: Any, step: int, batch_index: int, row: Mapping[str, float]) -> Path:
     """Keeps what shows a non-finite step again: its batch and, where the run halts there, the state before it."""
     folder = workdir / "replay" / f"{step:08d}"
+    if len(list(folder.parent.glob("*"))) >= BUNDLES:
+        return folder.parent
     folder.mkdir(parents=True, exist_ok=True)
     batches = program.batches(batch_index)
     np.savez(folder / "batch.npz", **next(batches))
@@ -270,15 +274,13 @@ def score_test(
 ) -> tuple[dict[str, float], dict[str, Any]] | None:
     """The test split with the final parameters, and `best` with that of the best validation step. None if stopped."""
     name = program.evaluated
-    final = program.evaluate(state[name], "test", stopping)
-    if best["step"] == int(state["step"]):
-        at_best = final
-    else:
+    final = at_best = program.evaluate(state[name], "test", stopping)
+    if best["step"] != int(state["step"]):
         try:
             _, found, _ = checkpoints.load_step(best["step"], {name: program.state[name]})
         except Damaged as error:
-            where = checkpoints.folder / f"{best['step']:08d}"
-            raise Failed(f"the best checkpoint {where} is damaged: {error}; train anew in another folder") from None
+            log.warning("checkpoint %d, the best, cannot be scored on the test split: %s", best["step"], error)
+            return (final, {**best, "test": None, "problem": str(error)}) if final else None
         at_best = program.evaluate(found[name], "test", stopping)
     return (final, {**best, "test": at_best}) if final and at_best else None
 

@@ -14,7 +14,7 @@ from experiments.checkpoint import Checkpoints
 from experiments.files import read_json, read_lines
 from experiments.program import Program
 from tests.experiments import tiny
-from tests.experiments.test_checkpoint import damage
+from tests.experiments.test_checkpoint import damage, quiet_uvloop
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACED = 24 + 4 * 3 + 2  # batches a run places: steps, evaluations of 20 rows by 8, the test of 12 rows by 8
@@ -107,6 +107,7 @@ def test_ten_out_of_ten(tmp_path, unbroken, trial):
     killed_and_resumed(tmp_path, unbroken, random.Random(trial).randrange(1, PLACED))
 
 
+@quiet_uvloop
 def test_damaged_checkpoint_is_passed_over(tmp_path, monkeypatch, caplog, unbroken):
     stop_at(monkeypatch, 20)
     run(tmp_path)

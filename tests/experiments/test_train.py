@@ -9,7 +9,7 @@ import pytest
 
 from experiments import config as configs
 from experiments import evaluate, train
-from experiments.checkpoint import Checkpoints, param_hash
+from experiments.checkpoint import Checkpoints, Damaged, param_hash
 from experiments.files import read_json, read_lines
 from experiments.program import Program
 from tests.experiments import tiny
@@ -217,27 +217,57 @@ def test_rollback_gives_up(tmp_path, poison):
 
 
 def test_failed_save_is_told_within_a_step(tmp_path, monkeypatch, capsys):
-    def write(path, tree, **options):
-        if path.name == "00000008":
-            raise OSError("No space left on device")
-        ocp.save(path, tree, **options)
-
-    init = Checkpoints.__init__
-    monkeypatch.setattr(
-        Checkpoints, "__init__", lambda self, folder, keep=2: init(self, folder, keep=keep, write=write)
-    )
+    fail_to_save(monkeypatch, 8)
     assert run(tmp_path) == 0
     failed = [r for r in lines(tmp_path, "ledger") if r["event"] == "failed_save"]
     assert [r["step"] for r in failed] == [8]
     assert "checkpoint 8 could not be saved: OSError: No space left on device" in capsys.readouterr().err
 
 
-def test_last_save_must_succeed(tmp_path, monkeypatch, capsys):
-    def fail(*_args, **_options):
-        raise OSError("No space left on device")
+def scores(monkeypatch, *accuracies):
+    """Evaluations in turn find these accuracies."""
+    evaluate_split, left = Program.evaluate, iter(accuracies)
+    patched = lambda self, *args: {**evaluate_split(self, *args), "accuracy": next(left)}  # noqa: E731
+    monkeypatch.setattr(Program, "evaluate", patched)
+
+
+def fail_to_save(monkeypatch, *steps):
+    def write(path, tree, **options):
+        if int(path.name) in steps:
+            raise OSError("No space left on device")
+        ocp.save(path, tree, **options)
 
     init = Checkpoints.__init__
-    monkeypatch.setattr(Checkpoints, "__init__", lambda self, folder, keep=2: init(self, folder, keep=keep, write=fail))
+    monkeypatch.setattr(Checkpoints, "__init__", lambda self, folder, keep: init(self, folder, keep=keep, write=write))
+
+
+def test_a_best_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
+    fail_to_save(monkeypatch, 12)
+    scores(monkeypatch, 0.5, 0.9, 0.2, 0.3, 0.1, 0.4)
+    assert run(tmp_path) == 0
+    best = read_json(tmp_path / "summary.json")["best"]
+    assert (best["step"], best["accuracy"], best["test"]["accuracy"]) == (6, 0.5, 0.4)
+
+
+def test_damaged_best_does_not_cost_the_run(tmp_path, monkeypatch, caplog):
+    load_step = Checkpoints.load_step
+
+    def broken(self, step, abstract):
+        raise Damaged("a bit is wrong")
+
+    monkeypatch.setattr(Checkpoints, "load_step", broken)
+    scores(monkeypatch, 0.9, 0.1, 0.2, 0.3, 0.25)  # best at step 6; the last is the test
+    assert run(tmp_path) == 0
+    summary = read_json(tmp_path / "summary.json")
+    assert summary["best"] == {**summary["best"], "step": 6, "accuracy": 0.9, "test": None, "problem": "a bit is wrong"}
+    assert "checkpoint 6, the best, cannot be scored" in caplog.text
+    assert 6 in Checkpoints(tmp_path / "checkpoints").steps()
+    monkeypatch.setattr(Checkpoints, "load_step", load_step)
+    assert Checkpoints(tmp_path / "checkpoints").best() == 6
+
+
+def test_last_save_must_succeed(tmp_path, monkeypatch, capsys):
+    fail_to_save(monkeypatch, *range(25))
     assert run(tmp_path) == 1
     assert "step 24 could not be saved" in capsys.readouterr().err
     assert not (tmp_path / "summary.json").exists()
