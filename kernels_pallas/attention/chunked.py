@@ -140,11 +140,12 @@ def _over_pairs(plan: Plan, step, carry):
         if len(table) == 1:
             carry = step(carry, table[0], masked)
         elif table:
-            body = functools.partial(step, masked=masked)
-            carry = jax.lax.scan(lambda c, pair, body=body: (body(c, pair), None), carry, np.asarray(table, np.int32))[
-                0
-            ]
+            carry, _ = jax.lax.scan(functools.partial(_scanned, step, masked), carry, np.asarray(table, np.int32))
     return carry
+
+
+def _scanned(step, masked, carry, pair):
+    return step(carry, pair, masked), None
 
 
 def _unit(plan: Plan, args, b, g):
