@@ -9,14 +9,25 @@ sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
 
 import arch  # noqa: E402
 
-# The pages' code runs on the CPU, with this interpreter, and leaves nothing outside docs/_build.
-IPYTHON = HERE / "_build" / "ipython"
-settings = IPYTHON / "profile_default" / "ipython_kernel_config.py"
-settings.parent.mkdir(parents=True, exist_ok=True)
-settings.write_text('c.IPKernelApp.log_level = "ERROR"\n')
+# The pages' code runs on the CPU, with this interpreter, and leaves nothing outside docs/_build. %%bash is ours: both
+# streams in one piece and in order, as a terminal would show them; a failure is an error of the build.
+BASH = """
+import subprocess
+from IPython.core.magic import register_cell_magic
+
+@register_cell_magic
+def bash(line, cell):
+    done = subprocess.run(["bash", "-e", "-c", cell], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout, end="")
+    done.check_returncode()
+"""
+PROFILE = HERE / "_build" / "ipython" / "profile_default"
+(PROFILE / "startup").mkdir(parents=True, exist_ok=True)
+(PROFILE / "startup" / "bash.py").write_text(BASH)
+(PROFILE / "ipython_kernel_config.py").write_text('c.IPKernelApp.log_level = "ERROR"\n')
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
-    "IPYTHONDIR": str(IPYTHON),
+    "IPYTHONDIR": str(PROFILE.parent),
     "ARCHLOOM_CACHE": str(HERE / "_build" / "cache"),
     "ARCHLOOM_DATA": str(HERE / "_build" / "data"),
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
@@ -35,6 +46,7 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 nb_merge_streams = True
+smartquotes = False  # command-line flags keep their dashes
 
 html_theme = "furo"
 html_title = f"Archloom {release}"

@@ -2,11 +2,11 @@
 
     {components} MIXERS              every entry of a registry of arch.registry: docstring, facts, table of options
     {options} experiments.config.Train     the table of options of one constructor
-    {function} kernels_pallas.attention.attention    signature and docstring
+    {signature} kernels_pallas.attention.attention    signature and docstring
     {about} experiments.data.listops_generator       docstring alone, of a module, class or function
 
-A docstring here is plain text, not reStructuredText: blank lines part paragraphs, `x` is code, arXiv:N is a link,
-indented blocks stay as they are, and "Args:", "Returns:", "Raises:" head lists.
+A docstring here is plain text, not reStructuredText: blank lines part paragraphs, `x` is code, *x* is stressed,
+arXiv:N is a link, indented blocks stay as they are, and "Args:", "Returns:", "Raises:" head lists.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from sphinx.util.docutils import SphinxDirective
 
 from arch import registry, schema
 
-INLINE = re.compile(r"`([^`]+)`|(?<![\w/])arXiv:(\d{4}\.\d{4,5})|github\.com/[\w./-]*\w")
+INLINE = re.compile(r"`([^`]+)`|(?<![\w/])arXiv:(\d{4}\.\d{4,5})|(?<!\S)\*(\w+)\*(?!\w)|github\.com/[\w./-]*\w")
 HEADS = ("Args:", "Returns:", "Raises:")
 
 
@@ -45,6 +45,8 @@ def inline(text):
         found.append(nodes.Text(text[end : match.start()]))
         if match[1]:
             found.append(nodes.literal(text=match[1]))
+        elif match[3]:
+            found.append(nodes.emphasis(text=match[3]))
         else:
             address = f"https://arxiv.org/abs/{match[2]}" if match[2] else f"https://{match[0]}"
             found.append(nodes.reference(text=match[0], refuri=address, internal=False))
@@ -152,8 +154,10 @@ def described(option):
 def default(option):
     if option.default is schema.REQUIRED:
         return [nodes.emphasis(text="required")]
-    value = option.default
-    return [nodes.literal(text=f"{value:.4g}" if isinstance(value, float) else repr(value))]
+    text = repr(option.default)
+    return [
+        nodes.literal(text=f"{option.default:.4g}" if isinstance(option.default, float) and len(text) > 8 else text)
+    ]
 
 
 def option_table(options, notes):
@@ -179,19 +183,21 @@ class Components(SphinxDirective):
         constructor = entries[name]
         section = nodes.section(ids=[f"{entries.what.replace(' ', '-')}-{name.replace('_', '-')}"], names=[name])
         section += nodes.title(text=name)
+        module = inspect.getmodule(constructor)
+        if sum(inspect.getmodule(entries[other]) is module for other in entries.names()) == 1:
+            section += prose(module.__doc__)  # a file of its own: its first lines give the source
         section += prose(constructor.__doc__)
         owner = inspect.isclass(constructor) and next(
             (base for base in constructor.__mro__ if "__init__" in vars(base)), constructor
         )
         if owner and owner is not constructor and owner.__module__ == constructor.__module__:
-            section += [nodes.paragraph("", "", nodes.literal(text=owner.__name__), nodes.Text(": ")), *prose(owner.__doc__)]
+            section += prose(f"`{owner.__name__}`: {inspect.cleandoc(owner.__doc__)}")
         facts = []
         if (modes := getattr(constructor, "modes", None)) is not None:
             facts.append(f"modes: {', '.join(modes)}")
             facts.append("grid axes: any number" if constructor.axes is None else f"grid axes: {constructor.axes}")
             facts.append("packed sequences: kept apart" if constructor.packing else "packed sequences: refused")
-        module = inspect.getmodule(constructor).__name__
-        facts.append(f"source: {module.replace('.', '/')}.py")
+        facts.append(f"code: {module.__name__.replace('.', '/')}.py")
         section += nodes.paragraph("", "", nodes.emphasis(text=" · ".join(facts)))
         if options := entries.options(name):
             section += option_table(options, comments(constructor))
@@ -210,7 +216,7 @@ class Options(SphinxDirective):
         return [option_table(schema.options(constructor), comments(constructor))]
 
 
-class Function(SphinxDirective):
+class Signature(SphinxDirective):
     required_arguments = 1
 
     def run(self):
@@ -224,7 +230,7 @@ def signature(function):
     lines = []
     for line in inspect.getsource(function).split("\n"):
         if lines or line.startswith("def "):
-            lines.append(re.sub(r"\s+#.*$", "", line))
+            lines.append(re.sub(r"\s\s+#.*$", "", line))
             if line.rstrip().endswith(":") and (line.startswith(")") or line.startswith("def ")):
                 break
     return "\n".join(lines)
@@ -240,6 +246,11 @@ class About(SphinxDirective):
 
 
 def setup(app):
-    for name, directive in (("components", Components), ("options", Options), ("function", Function), ("about", About)):
+    for name, directive in (
+        ("components", Components),
+        ("options", Options),
+        ("signature", Signature),
+        ("about", About),
+    ):
         app.add_directive(name, directive)
     return {"version": "1", "parallel_read_safe": True}
