@@ -161,11 +161,15 @@ def default(option):
 
 
 def option_table(options, notes):
+    """The last column, what a comment says, only where there is a comment."""
+    known = any(name in notes for name in options)
     rows = [
         [[nodes.literal(text=name)], inline(described(option)), default(option), inline(notes.get(name, ""))]
         for name, option in options.items()
     ]
-    return table(("option", "type", "default", "meaning"), rows, (18, 34, 14, 34))
+    columns = 4 if known else 3
+    head, widths = ("option", "type", "default", "meaning"), (18, 32, 14, 36) if known else (25, 50, 25)
+    return table(head[:columns], [row[:columns] for row in rows], widths)
 
 
 class Components(SphinxDirective):
