@@ -94,7 +94,7 @@ class Progress:
         self._bar: Any = None
         if self._stream.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
@@ -102,7 +102,6 @@ class Progress:
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(elapsed_when_finished=True),
                 console=Console(file=self._stream),
             )
             self._task = self._bar.add_task("train", total=total, text="")
@@ -118,14 +117,14 @@ class Progress:
         """fields: loss, accuracy, examples_per_second, steps_per_second."""
         finite = fields["loss"] is not None
         text = f"loss {fields['loss']:.4f}  accuracy {fields['accuracy']:.4f}" if finite else "loss is not finite"
-        text += f"  {fields['examples_per_second']:.0f} examples/s"
+        left = (self.total - step) / max(fields["steps_per_second"], 1e-9)
+        text += f"  {fields['examples_per_second']:.0f} examples/s  ETA {clock(left)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
             return
         now = time.monotonic()
         if now - self._shown >= self.every or step == self.total:
-            left = (self.total - step) / max(fields["steps_per_second"], 1e-9)
-            self.say(f"step {step}/{self.total}  {text}  ETA {clock(left)}")
+            self.say(f"step {step}/{self.total}  {text}")
             self._shown = now
 
     def say(self, text: str) -> None:

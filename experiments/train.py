@@ -26,6 +26,7 @@ from arch.errors import ConfigError
 from experiments import config as configs
 from experiments import environment
 from experiments.checkpoint import Checkpoints, Damaged, param_hash
+from experiments.data.store import DataError
 from experiments.files import read_json, write_json
 from experiments.metrics import Ledger, Metrics, Progress, Stopwatch, Window
 from experiments.program import AHEAD, Program
@@ -45,6 +46,7 @@ class Failed(Exception):
 def train(config: Any, workdir: Path, source: str) -> int:
     """Trains to the end or to a signal; returns the exit code."""
     started = time.perf_counter()
+    program = Program(config)
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / "train.lock", "w") as lock, Stopping() as stopping:
         try:
@@ -56,11 +58,10 @@ def train(config: Any, workdir: Path, source: str) -> int:
         if (code := claim(config, workdir, source)) is not None:
             return code
         environment.compile_cache()
-        program = Program(config)
         with jax.set_mesh(program.mesh), Progress(program.steps) as progress:
             try:
                 return run(program, workdir, stopping, progress, started)
-            except Failed as failure:
+            except (Failed, DataError) as failure:
                 print(f"{workdir}: {failure}", file=sys.stderr)
                 return 1
 

@@ -107,7 +107,7 @@ def test_live_display_in_a_terminal():
     progress.update(20, {**LINE, "loss": None})
     progress.say("validation [0.5]")
     progress.close()
-    for text in ("20/100", "loss is not finite", "200 examples/s", "validation [0.5]"):
+    for text in ("20/100", "loss is not finite", "200 examples/s", "ETA 0:40", "validation [0.5]"):
         assert text in stream.getvalue()
 
 

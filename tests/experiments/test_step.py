@@ -93,6 +93,24 @@ def test_accumulation_is_the_big_batch(parts):
     close(whole["params"], split["params"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gradient_is_that_of_the_mean_loss(parts):
+    batch = make_batch(weight=[1, 1, 0, 1, 0.5, 1, 1, 0])
+    state, train = make(apply=without_dropout, accumulate=parts)
+
+    def mean_loss(params):
+        each = optax.softmax_cross_entropy_with_integer_labels(
+            apply(params, batch["inputs"], batch["keep"]), batch["label"]
+        )
+        return (each * batch["weight"]).sum() / batch["weight"].sum()
+
+    loss, grads = jax.value_and_grad(mean_loss)(state["params"])
+    new, values = train(state, batch)
+    assert metrics(values)["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert metrics(values)["grad_norm"] == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
+    close(new["params"], jax.tree.map(lambda p, g: p - 0.1 * g, state["params"], grads), rtol=1e-5, atol=1e-6)
+
+
 def test_microbatches_draw_their_own_dropout():
     seen = []
 

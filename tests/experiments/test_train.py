@@ -10,6 +10,7 @@ import pytest
 from experiments import config as configs
 from experiments import evaluate, train
 from experiments.checkpoint import Checkpoints, Damaged, param_hash
+from experiments.data.store import DataError
 from experiments.files import read_json, read_lines
 from experiments.program import Program
 from tests.experiments import tiny
@@ -280,6 +281,16 @@ def test_a_wrong_config_stops_before_anything_is_compiled(tmp_path):
     ):
         with pytest.raises(configs.ConfigError, match=message):
             run(tmp_path / "x", **overrides)
+    assert not (tmp_path / "x").exists()
+
+
+def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):
+    def prepare(self):
+        raise DataError("fetch it and put it there")
+
+    monkeypatch.setattr(tiny.Tiny, "prepare", prepare)
+    assert run(tmp_path) == 1
+    assert capsys.readouterr().err == f"{tmp_path}: fetch it and put it there\n"
 
 
 def test_bf16_remat_accumulation_and_clip_train(tmp_path):

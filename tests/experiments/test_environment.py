@@ -1,0 +1,43 @@
+"""The compile cache and the record of machine and software."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+
+from experiments import environment
+
+COMPILE = """
+import json, jax, jax.numpy as jnp
+from experiments import environment
+folder = environment.compile_cache()
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None)
+jax.jit(lambda x: jnp.sin(x) @ x.T)(jnp.ones((3, 5)))
+print(json.dumps({"folder": str(folder), "hits": len(hits), "files": len(list(folder.iterdir()))}))
+"""
+
+
+def test_second_process_finds_the_programs_of_the_first(tmp_path):
+    """However small they are and however quickly they compiled."""
+    env = {**os.environ, "ARCHLOOM_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    first, second = (
+        json.loads(subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, check=True).stdout)
+        for _ in range(2)
+    )
+    assert first["hits"] == 0 < second["hits"]
+    assert first["files"] == second["files"] > 0
+    assert first["folder"] == second["folder"]
+    assert stat.S_IMODE((tmp_path / "xla").stat().st_mode) == 0o700
+
+
+def test_record_of_machine_and_software():
+    found = environment.describe()
+    assert set(found) == {
+        "python", "packages", "platform", "device", "device_count", "cpu_count", "commit", "dirty", "command", "started"
+    }  # fmt: skip
+    assert json.loads(json.dumps(found)) == found
+    assert found["packages"]["optax"]
+    assert "cores" in found["device"] or found["device_count"]
+    assert environment.peak_bytes() > 1e7
