@@ -12,6 +12,7 @@ import pytest
 from experiments import train
 from experiments.checkpoint import Checkpoints
 from experiments.files import read_json, read_lines
+from experiments.metrics import Ledger
 from experiments.program import Program
 from tests.experiments import tiny
 from tests.experiments.test_checkpoint import damage, quiet_uvloop
@@ -119,3 +120,16 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, monkeypatch, caplog, unbrok
     assert f"checkpoint {steps[-1]} passed over" in caplog.text
     assert f"going on from step {steps[-2]}" in caplog.text
     assert results(tmp_path) == results(unbroken)
+
+
+@quiet_uvloop
+def test_damaged_steps_are_deleted_once_passed_over(tmp_path, programs):
+    program, checkpoints = programs(tiny.config()), Checkpoints(tmp_path / "checkpoints", keep=9)
+    for step in (4, 8, 12):
+        checkpoints.save(step, program.init(), {})
+    checkpoints.wait()
+    damage(tmp_path / "checkpoints", 8)
+    damage(tmp_path / "checkpoints", 12)
+    _, step, _ = train.restore(program, checkpoints, Ledger(tmp_path))
+    assert step == 4
+    assert checkpoints.steps() == [4]
