@@ -49,7 +49,7 @@ class GatedMLP(nnx.Module):
     The default ratio 8/3 makes its three matrices the size of a plain MLP's two at ratio 4, as in the paper.
     """
 
-    gate: str
+    activation: str
 
     def __init__(
         self,
@@ -62,24 +62,24 @@ class GatedMLP(nnx.Module):
     ):
         inner = hidden_width(width, ratio, hidden)
         self.up = dense(width, inner, bias=False, rngs=rngs)
-        self.gated = dense(width, inner, bias=False, rngs=rngs)
+        self.gate = dense(width, inner, bias=False, rngs=rngs)
         self.dropout = Dropout(dropout, rngs=rngs)
         self.down = dense(inner, width, bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*A D"]) -> Float[Array, "*A D"]:
-        activation: jax.Array = ACTIVATIONS[self.gate](self.gated(x))
-        return self.down(self.dropout(activation * self.up(x)))
+        gate: jax.Array = ACTIVATIONS[self.activation](self.gate(x))
+        return self.down(self.dropout(gate * self.up(x)))
 
 
 @CHANNEL_MIXERS.register("swiglu")
 class SwiGLU(GatedMLP):
     """GatedMLP with gate SiLU (Swish with beta 1)."""
 
-    gate = "silu"
+    activation = "silu"
 
 
 @CHANNEL_MIXERS.register("geglu")
 class GEGLU(GatedMLP):
     """GatedMLP with gate GELU (tanh form)."""
 
-    gate = "gelu"
+    activation = "gelu"

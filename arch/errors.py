@@ -57,6 +57,6 @@ def unknown(path: str, word: object, candidates: Iterable[str], what: str) -> Co
     """The error for a name that is not among `candidates`."""
     names = sorted(candidates)
     guess = nearest(str(word), names)
-    remedy = f"did you mean {guess!r}?" if guess else ""
+    remedy = f"; did you mean {guess!r}?" if guess else ""
     listing = f"known: {', '.join(names)}" if names else "none is known"
-    return ConfigError(path, f"unknown {what} {str(word)!r}; {remedy + ' ' if remedy else ''}({listing})")
+    return ConfigError(path, f"unknown {what} {str(word)!r}{remedy} ({listing})")

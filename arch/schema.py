@@ -154,6 +154,8 @@ def _matches_tuple(value: Any, args: tuple[Any, ...]) -> tuple[bool, Any]:
 
 def describe(annotation: Any) -> str:
     """The type in words, for messages."""
+    if subtree(annotation) is not None:
+        return "a section"
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         bounds = " ".join(str(extra) for extra in args[1:] if isinstance(extra, Range))
@@ -165,8 +167,6 @@ def describe(annotation: Any) -> str:
     if origin is tuple:
         inside = describe(args[0]) if len(args) == 2 and args[1] is Ellipsis else ", ".join(map(describe, args))
         return f"a tuple of ({inside})"
-    if subtree(annotation) is not None:
-        return "a nested section"
     names = {int: "a whole number", float: "a number", str: "a string", bool: "True or False", types.NoneType: "None"}
     return names.get(annotation, str(annotation))
 

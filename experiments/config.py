@@ -87,7 +87,8 @@ class Experiment:
     sharding: tuple[tuple[str, Axes], ...] = ()  # (path regex, mesh axes of each dimension); empty: the defaults
 
 
-# What does not change the result: where data lies, how often things are written or shown.
+# What does not change the result: where data lies, how often things are written or shown. Of a folder with files to
+# read instead of the generated ones only counts that it is given: the run records the hash of what it read.
 NOT_IDENTITY = ("seed", "task.data_dir", "train.save_every", "train.log_every", "train.keep")
 
 
@@ -324,6 +325,8 @@ def config_hash(config: Mapping[str, Any] | ml_collections.ConfigDict) -> str:
         for key in parents:
             node = node.get(key, {})
         node.pop(leaf, None)
+    if (task := tree["task"]).get("tsv_dir") is not None:
+        task["tsv_dir"] = "given"
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 

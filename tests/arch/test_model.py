@@ -251,5 +251,5 @@ def test_channel_mixer_equations():
     for kind, gate in ((SwiGLU, silu), (GEGLU, gelu)):
         glu = kind(6, ratio=1.5, rngs=nnx.Rngs(0))
         assert glu.up.kernel.shape == (6, 9)
-        want = (gate(x64 @ glu.gated.kernel[...]) * (x64 @ glu.up.kernel[...])) @ glu.down.kernel[...]
+        want = (gate(x64 @ glu.gate.kernel[...]) * (x64 @ glu.up.kernel[...])) @ glu.down.kernel[...]
         assert rel_rms(glu(x), want) < 1e-5
