@@ -104,7 +104,7 @@ def peak_bytes() -> int:
 
 
 def quiet() -> None:
-    """Log lines as they are, and without the repetitions of libraries."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    """Log lines as they are, and only warnings of libraries, which have set up logging themselves by now."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("archloom").setLevel(logging.INFO)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 
 from arch.errors import ConfigError
+from experiments import cli, environment
 from experiments import config as configs
-from experiments import environment
 from experiments.checkpoint import Checkpoints, Damaged
 from experiments.files import read_json
 from experiments.program import Program
@@ -58,11 +58,8 @@ def evaluate(folder: Path, which: str, split: str) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    environment.quiet()
     environment.compile_cache()
-    parser = configs.Parser(
-        prog="experiments.evaluate", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(prog="experiments.evaluate", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="the run's folder")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     parser.add_argument("--split", default="test")
@@ -78,4 +75,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(configs.command(main)(None))
+    environment.quiet()
+    sys.exit(cli.command(main)(None))

@@ -23,8 +23,8 @@ import numpy as np
 
 from arch import accounting
 from arch.errors import ConfigError
+from experiments import cli, environment
 from experiments import config as configs
-from experiments import environment
 from experiments.checkpoint import Checkpoints, Damaged, param_hash
 from experiments.data.store import DataError
 from experiments.files import read_json, write_json
@@ -317,12 +317,12 @@ def summary(
 
 
 def main(argv: list[str]) -> int:
-    environment.quiet()
-    parser = configs.Parser(prog="experiments.train", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = cli.Parser(prog="experiments.train", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="the run's folder")
     loaded = configs.load(argv, parser)
     return train(loaded.config, loaded.flags.workdir, loaded.source)
 
 
 if __name__ == "__main__":
-    sys.exit(configs.command(main)(None))
+    environment.quiet()
+    sys.exit(cli.command(main)(None))

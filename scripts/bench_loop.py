@@ -10,6 +10,7 @@ the ratio is the median over rounds. Appends to results/bench_loop.jsonl.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -21,8 +22,8 @@ import jax
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from experiments import cli, environment, train  # noqa: E402
 from experiments import config as configs  # noqa: E402
-from experiments import environment, train  # noqa: E402
 from experiments.files import read_json  # noqa: E402
 from experiments.program import Program  # noqa: E402
 
@@ -50,9 +51,8 @@ def loop(config, source: str) -> float:
 
 
 def main(argv: list[str]) -> int:
-    environment.quiet()
     environment.compile_cache()
-    parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
     flags = parser.parse_known_args(argv)[0]
@@ -75,6 +75,7 @@ def main(argv: list[str]) -> int:
         "config": source,
         "config_hash": configs.config_hash(config),
         "steps": flags.steps,
+        "load_average": os.getloadavg()[0],  # more than 1 + the cores in use: others were at work
         **{key: value for key, value in environment.describe().items() if key != "command"},
     }
     results = ROOT / "results" / "bench_loop.jsonl"
@@ -87,4 +88,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(configs.command(main)(None))
+    environment.quiet()
+    sys.exit(cli.command(main)(None))
