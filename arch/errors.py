@@ -5,7 +5,11 @@ from contextlib import contextmanager
 from difflib import SequenceMatcher
 
 
-class ConfigError(ValueError):
+class Mistake(ValueError):
+    """Something the user can mend, told in one line; programs end with exit code 2."""
+
+
+class ConfigError(Mistake):
     """What a user wrote cannot be run. `path` is the full dotted field, `problem` says what is wrong and the remedy."""
 
     def __init__(self, path: str, problem: str):

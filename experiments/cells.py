@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from arch.errors import Mistake
 from experiments.formats import number, percent
 from experiments.runs import Run, flatten, read_runs
 from experiments.statistics import student_t, wilson
@@ -26,7 +27,7 @@ WHERE = ("name", "data_dir")  # options of a task that say nothing about its exa
 SAME = ("train.steps", "train.batch_size", "train.precision")  # a comparison holds these equal, or says so
 
 
-class TableError(ValueError):
+class TableError(Mistake):
     """No table can be made; one line with the remedy."""
 
 

@@ -4,7 +4,7 @@
 
 A config file has `get_config(arg)`, plain data in a ConfigDict. Overrides are applied first, then every leaf is checked
 against the constructor it feeds and the defaults are filled in, then the model is built from shapes alone. A mistake is
-a ConfigError, one line with the full path; `command` turns it into exit code 2.
+a ConfigError, one line with the full path; cli.command turns it into exit code 2.
 """
 
 import argparse
@@ -13,14 +13,13 @@ import hashlib
 import importlib.util
 import json
 import logging
-import sys
 import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import ml_collections
 
@@ -29,6 +28,7 @@ from arch.errors import ConfigError, join, unknown, within
 from arch.registry import OPTIMIZERS, SCHEDULES, TASKS, TOPOLOGIES, Choice, Section
 from arch.schema import NonNegative, Positive, PositiveFloat, Rate
 from experiments import data, optim  # noqa: F401  importing these fills TASKS, OPTIMIZERS, SCHEDULES
+from experiments.cli import Parser
 
 log = logging.getLogger("archloom")
 
@@ -98,13 +98,6 @@ class Loaded:
     source: str  # "configs/listops.py:linear"
     overrides: Mapping[str, Any]
     flags: argparse.Namespace  # everything that is not --config
-
-
-class Parser(argparse.ArgumentParser):
-    """Argparse whose errors are one line, like every other mistake in what a user wrote."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError("command line", f"{message} (--help lists the flags)")
 
 
 def load(argv: Sequence[str], parser: argparse.ArgumentParser | None = None, *, required: bool = True) -> Loaded:
@@ -328,16 +321,3 @@ def config_hash(config: Mapping[str, Any] | ml_collections.ConfigDict) -> str:
     if (task := tree["task"]).get("tsv_dir") is not None:
         task["tsv_dir"] = "given"
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def command(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
-    """Wraps a program: a ConfigError becomes one line on standard error and exit code 2."""
-
-    def run(argv: Sequence[str] | None = None) -> int:
-        try:
-            return main(list(sys.argv[1:] if argv is None else argv)) or 0
-        except ConfigError as error:
-            print(error, file=sys.stderr)
-            return 2
-
-    return run

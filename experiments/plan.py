@@ -22,8 +22,8 @@ from arch import accounting
 from arch.accounting import Account
 from arch.errors import ConfigError, within
 from arch.registry import TASKS
+from experiments import cli, match, optim, sharding
 from experiments import config as configs
-from experiments import match, optim, sharding
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
@@ -165,9 +165,9 @@ def _budget(name: str, value: str, spec: Any) -> float:
     return target
 
 
-@configs.command
+@cli.command
 def main(argv: list[str]) -> None:
-    parser = configs.Parser(prog="python -m experiments.plan", description=__doc__.split("\n")[0])
+    parser = cli.Parser(prog="python -m experiments.plan", description=__doc__.split("\n")[0])
     parser.add_argument("--devices", type=int, default=1, help="devices to plan for")
     parser.add_argument("--match", help="params=2.1M, flops=3G, layers=2, or params=FILE.py:ARG")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")

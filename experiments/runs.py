@@ -9,10 +9,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from arch.errors import Mistake
+
 Record = dict[str, Any]
 
 
-class RunError(ValueError):
+class RunError(Mistake):
     """A run folder that cannot be read; one line that names the file and the remedy."""
 
 

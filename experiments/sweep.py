@@ -11,7 +11,6 @@ folders at every start, so it does not matter at which instant the last sweep, o
 on from its checkpoint. Exit code: 0 all done, 1 some failed or were interrupted, 2 nothing was started, 128 + signal.
 """
 
-import argparse
 import fcntl
 import math
 import signal
@@ -21,10 +20,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
 
 from arch.errors import ConfigError
 from experiments import runs, worker
+from experiments.cli import Parser, command
 from experiments.ledger_db import Ledger
 from experiments.sweep_display import Display, State
 from experiments.sweep_jobs import Job, definition_text, difference, read_in_child
@@ -158,19 +157,12 @@ def open_ledger(folder: Path, jobs: Sequence[Job]) -> Ledger:
     return ledger
 
 
-class Parser(argparse.ArgumentParser):
-    """Argparse whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError("command line", f"{message} (--help lists the flags)")
-
-
 def main(
     argv: Sequence[str],
     trainer: Sequence[str] = TRAINER,
     read_jobs: Callable[[str, Sequence[str]], list[Job]] = read_in_child,
 ) -> int:
-    parser = Parser(prog="experiments.sweep", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="python -m experiments.sweep", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", required=True, help="config file with get_sweep()")
     parser.add_argument("--workdir", required=True, type=Path, help="ledger and run folders; the same to go on")
     parser.add_argument("--workers", type=int, default=1, help="jobs at a time (default 1)")
@@ -213,18 +205,11 @@ def _list(jobs: Sequence[Job], folder: Path, trainer: Sequence[str]) -> int:
             word = {"COMPLETE": "done", "FAIL": "failed"}.get(entry.state, "waiting")
             state = states[number]
             state.state, state.reason = "running" if worker.is_running(state.folder) else word, entry.reason or ""
-    with Display(states.values(), 1) as display:
-        display.finish()
+    Display(states.values(), 1).show()
     return 0
 
 
-def run(argv: Sequence[str] | None = None, *injected: Any) -> int:
-    """The program; tests inject a trainer and a reader of jobs."""
-    try:
-        return main(sys.argv[1:] if argv is None else argv, *injected)
-    except (ConfigError, runs.RunError) as error:
-        print(error, file=sys.stderr)
-        return 2
+run = command(main)  # tests inject a trainer and a reader of jobs
 
 
 if __name__ == "__main__":

@@ -79,6 +79,11 @@ class Display:
             self._drawn = time.monotonic()
             self.live.update(self._table(), refresh=True)
 
+    def show(self) -> None:
+        """Every job once, on a terminal or not."""
+        width = max(self.console.width, 60 + max(len(state.job.name) for state in self.states))
+        Console(highlight=False, width=width).print(self._table(all_of_them=True))
+
     def finish(self) -> None:
         """The last table, and the reasons of the jobs that did not end well."""
         if self.live:
@@ -103,13 +108,13 @@ class Display:
         counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
         return Text(f"sweep: {len(words)} jobs: {counts}")
 
-    def _table(self) -> Group:
+    def _table(self, all_of_them: bool = False) -> Group:
         table = Table(box=None, pad_edge=False, header_style="dim")
         for name in ("job", "state", "step", "loss", "validation", "test", "steps/s", "left"):
             table.add_column(name, justify="left" if name in ("job", "state") else "right", no_wrap=True)
         left = 0.0
         rates = []
-        shown = self._shown()
+        shown = {state.job.number for state in self.states} if all_of_them else self._shown()
         for state in self.states:
             p = state.progress()
             left = max(left, p.seconds)

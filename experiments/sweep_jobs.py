@@ -206,7 +206,7 @@ def read_in_child(file: str, common: Sequence[str] = ()) -> list[Job]:
 
 
 if __name__ == "__main__":
-    from experiments.config import command
+    from experiments.cli import command
 
     def _main(argv: list[str]) -> None:
         print(json.dumps([dataclasses.asdict(job) for job in read(argv[0], argv[1:])]))

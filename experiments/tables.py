@@ -5,18 +5,16 @@
 Reads only run folders. The same runs give the same bytes: nothing here asks for the time, and everything is sorted.
 """
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as Screen
 
 from experiments import report
-from experiments.cells import Table, TableError, read_table
+from experiments.cells import Table, read_table
+from experiments.cli import Parser, command
 from experiments.formats import percent
-from experiments.runs import RunError
 from experiments.table_text import HEADINGS, NUMBERS, comma_separated, heading, latex, markdown, protocol, words
 
 
@@ -56,17 +54,14 @@ def show(table: Table) -> None:
         console.print(f"warning: {text}", style="yellow", markup=False)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="experiments.tables", description=(__doc__ or "").split("\n")[0])
+@command
+def main(argv: list[str]) -> int:
+    parser = Parser(prog="python -m experiments.tables", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("task", help="name of the task, as listops")
     parser.add_argument("--runs", required=True, type=Path, help="folder with run folders at any depth")
     parser.add_argument("--out", type=Path, help="where to write (default: RUNS/tables/TASK)")
     flags = parser.parse_args(argv)
-    try:
-        table = read_table(flags.runs, flags.task)
-    except (TableError, RunError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    table = read_table(flags.runs, flags.task)
     page = write(table, flags.out or flags.runs / "tables" / flags.task)
     show(table)
     print(f"report: {page}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import config
+from experiments import cli, config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,7 +40,7 @@ def commands() -> list[str]:
 def test_commands_resolve(command: str) -> None:
     """Every --config in the pages is a config, its overrides too, but for the mistake that is shown as one."""
     words = [word for word in shlex.split(command) if word.startswith(("--config=", "--config."))]
-    source, overrides, _ = config.split(words, config.Parser())
+    source, overrides, _ = config.split(words, cli.Parser())
     if "experiments.sweep" in command:
         assert hasattr(config.module(source), "get_sweep")
     elif "model.widht" in overrides:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from arch import schema
 from arch.registry import CHANNEL_MIXERS, MIXERS, NORMS, OPTIMIZERS, POSITIONS, SCHEDULES, Choice
-from experiments import config, train
+from experiments import cli, config, train
 from tests.experiments.shipped import SOURCES
 
 SETTINGS = settings(max_examples=650, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -65,7 +65,7 @@ def refusal(argv: list[str], capsys: Any, tmp_path: Any) -> str:
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
     try:
-        code = config.command(train.main)([*argv, f"--workdir={tmp_path / 'run'}"])
+        code = cli.command(train.main)([*argv, f"--workdir={tmp_path / 'run'}"])
     finally:
         jax.monitoring.clear_event_listeners()
     out, err = capsys.readouterr()

@@ -7,8 +7,8 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 
+from experiments import cli, evaluate, train
 from experiments import config as configs
-from experiments import evaluate, train
 from experiments.checkpoint import Checkpoints, Damaged, param_hash
 from experiments.data.store import DataError
 from experiments.files import read_json, read_lines
@@ -86,7 +86,7 @@ def test_best_is_the_best_and_evaluate_finds_it(done, capsys):
     for which, step, test in (("best", best["step"], summary["best"]["test"]), ("last", 24, summary["final"]["test"])):
         found = evaluate.evaluate(done, which, "test")
         assert (found["step"], found["accuracy"], found["loss"]) == (step, test["accuracy"], test["loss"])
-    assert configs.command(evaluate.main)(["--run", str(done), "--checkpoint", "3"]) == 2
+    assert cli.command(evaluate.main)(["--run", str(done), "--checkpoint", "3"]) == 2
     assert "'3' is not best, last or a step that is kept" in capsys.readouterr().err
 
 
@@ -113,7 +113,7 @@ def test_another_config_is_refused(done):
 
     with pytest.raises(configs.ConfigError, match=r"config\.optimizer\.lr: 0\.003, now 0\.5"):
         main([])
-    assert configs.command(main)([]) == 2
+    assert cli.command(main)([]) == 2
 
 
 def test_second_trainer_is_refused(tmp_path):

@@ -110,9 +110,8 @@ def kill_at(batches: int) -> None:
 
 
 if __name__ == "__main__":
-    from experiments import config as configs
-    from experiments import train
+    from experiments import cli, train
 
     if "TINY_KILL" in os.environ:
         kill_at(int(os.environ["TINY_KILL"]))
-    sys.exit(configs.command(train.main)(None))
+    sys.exit(cli.command(train.main)(None))
