@@ -17,7 +17,8 @@ def global_linear_attention(
     """
     if keep is not None:
         k = jnp.where(keep[:, :, None, None], k, 0)
-    state = jnp.einsum("bshk,bshv->bhkv", k, v, preferred_element_type=jnp.float32)
-    y = jnp.einsum("bthk,bhkv->bthv", q, state, preferred_element_type=jnp.float32)
-    total = jnp.einsum("bthk,bhk->bth", q, k.sum(1, dtype=jnp.float32), preferred_element_type=jnp.float32)[..., None]
-    return jnp.where(total == 0, 0.0, y / jnp.where(total == 0, 1.0, total)).astype(v.dtype)
+    out = v.dtype
+    q, k, v = (a.astype(jnp.float32) for a in (q, k, v))  # XLA's CPU cannot run every product of bf16 into float32
+    y = jnp.einsum("bthk,bhkv->bthv", q, jnp.einsum("bshk,bshv->bhkv", k, v))
+    total = jnp.einsum("bthk,bhk->bth", q, k.sum(1))[..., None]
+    return jnp.where(total == 0, 0.0, y / jnp.where(total == 0, 1.0, total)).astype(out)

@@ -216,3 +216,13 @@ def test_fourier_equation(orthonormal, x):
     want = np.fft.fft(np.fft.fft(np.asarray(x, np.float64), axis=2), axis=1).real
     scale = np.sqrt(T * D) if orthonormal else 1.0
     assert rel_rms(build("fourier", "bidirectional", orthonormal=orthonormal)(x), want / scale) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_bf16_training_step_compiles_and_runs(name, mode):
+    """Whole programs in bf16: XLA's CPU once refused a product that the mixer alone could run."""
+    x = jnp.ones((4, 33, D), jnp.bfloat16)
+    graph, state = nnx.split(build(name, mode))
+    cast = jax.tree.map(lambda p: p.astype(jnp.bfloat16), state)
+    loss = jax.jit(jax.grad(lambda s, x: jnp.sum(nnx.merge(graph, s)(x).astype(jnp.float32) ** 2), argnums=1))
+    assert bool(jnp.isfinite(loss(cast, x)).all())

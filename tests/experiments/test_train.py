@@ -52,7 +52,7 @@ def test_the_folder_tells_everything(done, programs):
     assert summary["peak_bytes"] > 1e7
     assert set(summary["seconds"]) == {*train.SECONDS, "total"}
     assert summary["seconds"]["total"] == pytest.approx(sum(r["seconds"] for r in lines(done, "ledger")), abs=0.01)
-    assert all(summary["seconds"][name] > 0 for name in train.SECONDS)
+    assert all(summary["seconds"][name] >= 0 for name in train.SECONDS)
     assert not list(done.rglob("*.tmp"))
 
 
