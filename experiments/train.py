@@ -325,4 +325,5 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     environment.quiet()
+    environment.keep_memory()
     sys.exit(cli.command(main)(None))

@@ -54,8 +54,9 @@ def archloom_side(parameters: str, threads: int):
     from arch.model import functional
     from arch.spec import InputSpec
     from configs import parts
-    from experiments import optim, step
+    from experiments import environment, optim, step
 
+    environment.keep_memory()  # as the trainer does
     mixer = {"kind": "softmax", "num_heads": HEADS}
     config = parts.metaformer(width=WIDTH, depth=DEPTH, mixer=mixer, channel={"hidden": INNER}, head={"hidden": HIDDEN})
     model = functional(config.to_dict(), InputSpec(VOCAB, CLASSES, LENGTH))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -41,3 +42,28 @@ def test_record_of_machine_and_software():
     assert found["packages"]["optax"]
     assert "cores" in found["device"] or found["device_count"]
     assert environment.peak_bytes() > 1e7
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from experiments import environment
+if sys.argv[1] == "keep":
+    assert environment.keep_memory()
+np.ones(1 << 24)  # the first time takes memory in any case
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    np.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_freed_memory_is_kept():
+    """20 blocks of 128 MiB, one after the other: without keep_memory each faults its pages in anew."""
+
+    def faults(mode):
+        command = [sys.executable, "-c", FAULTS, mode]
+        return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+    assert faults("keep") < 1000 < faults("leave")
