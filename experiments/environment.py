@@ -107,17 +107,20 @@ def peak_bytes() -> int:
 def keep_memory() -> bool:
     """Has glibc keep the memory that a step frees for the next step; False where there is no glibc.
 
-    By default it gives large blocks back to the system and takes them anew, and fills each with page faults: on a CPU
-    half as much time again as the step itself. One arena (the others cannot grow to a step's size), no separate
-    mappings below 1 GiB, no trimming. Call it before JAX starts its threads.
+    By default it gives large blocks back to the system and takes them anew, each page by a fault: on a CPU up to half
+    as much time again as the step itself. So: one arena (the others cannot grow to a step's size), no separate
+    mappings below 1 GiB, no trimming. The price is memory, at worst about twice as much; $ARCHLOOM_MALLOC=system
+    leaves glibc as it is. Call it before JAX starts its threads.
     """
+    if os.environ.get("ARCHLOOM_MALLOC") == "system":
+        return False
     arena_max, mmap_threshold, trim_threshold = -8, -3, -1  # malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    settings = ((arena_max, 1), (mmap_threshold, 1 << 30), (trim_threshold, 2**31 - 1))
-    return all([mallopt(*setting) == 1 for setting in settings])
+    settings = ((arena_max, 1), (mmap_threshold, 1 << 30), (trim_threshold, -1))
+    return min(mallopt(*setting) for setting in settings) == 1  # each returns 1, or 0 where refused
 
 
 def quiet() -> None:

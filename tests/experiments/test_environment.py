@@ -7,10 +7,14 @@ import stat
 import subprocess
 import sys
 
+import pytest
+
 from experiments import environment
 
 COMPILE = """
 import json, jax, jax.numpy as jnp
+import pytest
+
 from experiments import environment
 folder = environment.compile_cache()
 hits = []
@@ -47,6 +51,8 @@ def test_record_of_machine_and_software():
 FAULTS = """
 import resource, sys
 import numpy as np
+import pytest
+
 from experiments import environment
 if sys.argv[1] == "keep":
     assert environment.keep_memory()
