@@ -43,7 +43,7 @@ def get_config(model: str = "softmax"):
         validation_examples=2_000,
         test_examples=2_000,
         batch_size=32,
-        steps=400,
+        steps=600,
     )
     config.model = MODELS[model]()
     config.optimizer = {
@@ -51,9 +51,9 @@ def get_config(model: str = "softmax"):
         "lr": 2e-3,
         "weight_decay": 0.01,
         "clip": 1.0,
-        "schedule": {"name": "cosine", "warmup": 40},
+        "schedule": {"name": "cosine", "warmup": 60},
     }
-    config.train.update(eval_every=100, save_every=200, log_every=10, eval_batch_size=200)
+    config.train.update(eval_every=100, save_every=300, log_every=10, eval_batch_size=200)
     return config
 
 

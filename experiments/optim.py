@@ -5,7 +5,6 @@ run's step alone, not of a counter inside the optimiser, so a skipped update doe
 `learning_rate` in the metrics is the rate that was used. t counts updates already made: the first update uses lr(0).
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -115,9 +114,11 @@ def sgd(
     return optax.chain(optax.identity(), *_decay(weight_decay, decay), *trace)
 
 
-def _warm(step: Any, warmup: int) -> Any:
-    """min(1, t / warmup), and 1 without warm-up. lr(0) is 0 with warm-up, as in Long Range Arena."""
-    return jnp.minimum(1.0, step / warmup) if warmup else jnp.float32(1.0)
+def _warmed(schedule: Schedule, lr: float, warmup: int) -> Schedule:
+    """lr t / w for the first w steps, then the schedule from its beginning. lr(0) is 0, as in Long Range Arena."""
+    if not warmup:
+        return schedule
+    return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), schedule], [warmup])
 
 
 def _after_warmup(warmup: int, steps: int) -> int:
@@ -129,7 +130,7 @@ def _after_warmup(warmup: int, steps: int) -> int:
 @SCHEDULES.register("constant")
 def constant(*, lr: float, warmup: NonNegative = 0) -> Schedule:
     """lr min(1, t/w)."""
-    return lambda step: jnp.float32(lr) * _warm(step, warmup)
+    return _warmed(optax.constant_schedule(lr), lr, warmup)
 
 
 @SCHEDULES.register("cosine")
@@ -138,14 +139,10 @@ def cosine(*, lr: float, steps: int, warmup: NonNegative = 0, cycle: Positive | 
 
     cycle=n is Long Range Arena's form, p = ((t - w) / n mod 1): a restart every n steps.
     """
-    length = cycle if cycle is not None else _after_warmup(warmup, steps)
-
-    def schedule(step: Any) -> Any:
-        progress = jnp.maximum(0.0, (step - warmup) / length)
-        progress = progress % 1.0 if cycle is not None else jnp.minimum(1.0, progress)
-        return jnp.float32(lr) * _warm(step, warmup) * 0.5 * (1.0 + jnp.cos(math.pi * progress))
-
-    return schedule
+    if cycle is None:
+        return _warmed(optax.cosine_decay_schedule(lr, _after_warmup(warmup, steps)), lr, warmup)
+    once = optax.cosine_decay_schedule(lr, cycle)
+    return _warmed(lambda step: once(step % cycle), lr, warmup)
 
 
 @SCHEDULES.register("rsqrt")
@@ -155,11 +152,11 @@ def rsqrt(*, lr: float, warmup: NonNegative = 0) -> Schedule:
     lr is the base, not the peak: the peak is lr / sqrt(w), reached at t = w (0.05 and w = 1000 peak at 1.58e-3). A
     warm-up longer than the run never peaks; the LRA release does that in retrieval, so it is allowed.
     """
-    return lambda step: jnp.float32(lr) * _warm(step, warmup) / jnp.sqrt(jnp.maximum(step, max(warmup, 1)) * 1.0)
+    warm = optax.linear_schedule(0.0, lr, warmup) if warmup else optax.constant_schedule(lr)
+    return lambda step: warm(step) / jnp.sqrt(jnp.maximum(step, max(warmup, 1)) * 1.0)
 
 
 @SCHEDULES.register("linear")
 def linear(*, lr: float, steps: int, warmup: NonNegative = 0) -> Schedule:
     """lr min(1, t/w) (steps - t) / (steps - w), from lr after warm-up to 0 at the end."""
-    length = _after_warmup(warmup, steps)
-    return lambda step: jnp.float32(lr) * _warm(step, warmup) * jnp.clip((steps - step) / length, 0.0, 1.0)
+    return _warmed(optax.linear_schedule(lr, 0.0, _after_warmup(warmup, steps)), lr, warmup)

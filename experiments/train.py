@@ -47,6 +47,8 @@ def train(config: Any, workdir: Path, source: str) -> int:
     """Trains to the end or to a signal; returns the exit code."""
     started = time.perf_counter()
     program = Program(config)
+    if not (workdir / "config.json").exists():
+        program.task.prepare()  # data that is missing is said before there is a folder
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / "train.lock", "w") as lock, Stopping() as stopping:
         try:

@@ -4,7 +4,6 @@ Run: python -m experiments.data listops [--max_length=128 ...] [--json] [--expor
 The options are the task's own. --export_tsv writes LRA's basic_*.tsv.
 """
 
-import ast
 import json
 import sys
 import time
@@ -14,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from arch import schema
-from arch.errors import ConfigError, within
+from arch.errors import ConfigError, unknown, within
 from arch.registry import TASKS
+from experiments import cli, environment
+from experiments import config as configs
 from experiments.data import listops_tsv
 from experiments.data.listops import ListOps
-from experiments.data.store import DataError
 from experiments.data.task import TokenExamples
 
 
@@ -72,38 +72,34 @@ def table(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parse(arguments: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The task's options and this program's own flags, from --option=value ..."""
-    options: dict[str, Any] = {}
-    own: dict[str, str] = {}
-    for argument in arguments:
-        key, _, value = argument.removeprefix("--").partition("=")
-        if key in ("json", "export_tsv"):
-            own[key] = value
-        else:
-            try:
-                options[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                options[key] = value  # a bare word is a string
-    return options, own
+@cli.command
+def main(argv: list[str]) -> None:
+    parser = cli.Parser(prog="python -m experiments.data", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("task", help=f"one of {', '.join(TASKS.names())}; its options follow as --option=value")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with the machine it was made on")
+    parser.add_argument("--export_tsv", type=Path, metavar="DIR", help="write LRA's basic_*.tsv there")
+    flags, rest = parser.parse_known_args(argv)
+    task = TASKS.build({"name": flags.task, **options(flags.task, rest)}, path="task")
+    facts = report(task)
+    print(json.dumps({**facts, **environment.describe()}) if flags.json else table(facts))
+    if flags.export_tsv is not None:
+        listops_tsv.write(flags.export_tsv, {name: task.examples(name) for name in task.splits})
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        name = arguments[0] if arguments else ""
-        options, own = parse(arguments[1:])
-        with within("task"):
-            known = TASKS.options(name)
-        task = TASKS.build({"name": name, **schema.resolve(options, known, "task")}, path="task")
-        facts = report(task)
-    except (ConfigError, DataError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(json.dumps(facts) if "json" in own else table(facts))
-    if "export_tsv" in own:
-        listops_tsv.write(Path(own["export_tsv"]), {name: task.examples(name) for name in task.splits})
-    return 0
+def options(task: str, words: list[str]) -> dict[str, Any]:
+    """The task's own options from --option=value ..., checked."""
+    with within("task"):
+        known = TASKS.options(task)
+    found = {}
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not equals:
+            raise ConfigError(f"task.{key}", "has no value; write --option=value")
+        if key not in known:
+            raise unknown(f"task.{key}", key, known, "key")
+        found[key] = configs.parse(value, known[key].annotation, f"task.{key}")
+    return schema.resolve(found, known, "task")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

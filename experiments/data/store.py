@@ -18,12 +18,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from arch.errors import Mistake
 from experiments.data.task import TokenExamples, content_hash
 
 READ = 512  # examples a read
 
 
-class DataError(RuntimeError):
+class DataError(Mistake):
     """Data that is not what it should be; the message says what to do."""
 
 

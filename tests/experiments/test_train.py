@@ -286,13 +286,14 @@ def test_a_wrong_config_stops_before_anything_is_compiled(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):
+def test_missing_data_is_said_before_there_is_a_folder(tmp_path, monkeypatch):
     def prepare(self):
         raise DataError("fetch it and put it there")
 
     monkeypatch.setattr(tiny.Tiny, "prepare", prepare)
-    assert run(tmp_path) == 1
-    assert capsys.readouterr().err == f"{tmp_path}: fetch it and put it there\n"
+    with pytest.raises(DataError, match="fetch it"):  # a Mistake: one line and exit code 2
+        run(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_bf16_remat_accumulation_and_clip_train(tmp_path):
