@@ -88,13 +88,15 @@ def wide(model: ConfigDict, depth: int = 1) -> ConfigDict:
 
     Source: Brown et al. 2022, arXiv:2210.00640. Six layers of 8 heads become one layer of 48.
     """
-    layers = model.depth
+    layers, pattern = model.depth, len(model.layers)
     if layers % depth:
         raise ValueError(
-            f"wide: depth {depth} does not divide the model's depth {layers}, so heads cannot be shared out"
+            f"wide: depth {depth} does not divide the model's {layers} layers, so heads cannot be shared out"
         )
+    if depth % pattern or layers % pattern or model.get("layer_overrides"):
+        raise ValueError(f"wide: the {pattern} parts must repeat evenly over {layers} layers and over {depth}")
     found = ConfigDict(model.to_dict())
-    found.depth, found.layers = depth, tuple(model.layers[:depth])
+    found.depth = depth
     for name in set(model.layers):
         part = found.parts[name]
         if "num_heads" not in part:

@@ -27,7 +27,8 @@ def test_wide_leaves_its_argument_alone_and_widens_every_part():
     wide = parts.wide(model, 3)
     assert model.to_dict() == before
     assert wide.parts.b.to_dict() == {"kind": "softmax", "num_heads": 8, "head_dim": 5, "kv_heads": 4}
-    assert parts.wide(model, 1).layers == ("a",)
+    with pytest.raises(ValueError, match="repeat evenly"):  # one layer has no room for both
+        parts.wide(model, 1)
 
 
 def test_wide_refuses_what_it_cannot_do():
