@@ -24,15 +24,15 @@ def test_wide_leaves_its_argument_alone_and_widens_every_part():
     mixers = {"a": SOFTMAX, "b": {"kind": "softmax", "num_heads": 4, "head_dim": 5, "kv_heads": 2}}
     model = deep(mixers=mixers, mixer=None, layers=("a", "b"))
     before = model.to_dict()
-    wide = parts.wide(model, 3)
+    wide = parts.wide(model, 2)
     assert model.to_dict() == before
-    assert wide.parts.b.to_dict() == {"kind": "softmax", "num_heads": 8, "head_dim": 5, "kv_heads": 4}
+    assert wide.parts.b.to_dict() == {"kind": "softmax", "num_heads": 12, "head_dim": 5, "kv_heads": 6}
     with pytest.raises(ValueError, match="repeat evenly"):  # one layer has no room for both
         parts.wide(model, 1)
 
 
 def test_wide_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="does not divide"):
+    with pytest.raises(ValueError, match="evenly"):
         parts.wide(deep(), 4)
     with pytest.raises(ValueError, match="no num_heads"):
         parts.wide(deep(mixer={"kind": "pooling"}))
