@@ -90,9 +90,7 @@ def wide(model: ConfigDict, depth: int = 1) -> ConfigDict:
     """
     layers, pattern = model.depth, len(model.layers)
     if layers % depth:
-        raise ValueError(
-            f"wide: depth {depth} does not divide the model's {layers} layers, so heads cannot be shared out"
-        )
+        raise ValueError(f"wide: {layers} layers do not come down to {depth} evenly; use a depth that divides {layers}")
     if depth % pattern or layers % pattern or model.get("layer_overrides"):
         raise ValueError(f"wide: the {pattern} parts must repeat evenly over {layers} layers and over {depth}")
     found = ConfigDict(model.to_dict())
