@@ -22,11 +22,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from arch.errors import ConfigError
-from experiments import runs, worker
+from experiments import runs
 from experiments.cli import Parser, command
-from experiments.ledger_db import Ledger
-from experiments.sweep_display import Display, State
-from experiments.sweep_jobs import Job, definition_text, difference, read_in_child
+from experiments.sweeping import worker
+from experiments.sweeping.display import Display, State
+from experiments.sweeping.jobs import Job, definition_text, difference, read_in_child
+from experiments.sweeping.ledger import Ledger
 
 TRAINER = (sys.executable, "-m", "experiments.train")
 STOPPED = (0, 130, 143)  # exit codes of a worker that was asked to stop and saved: no summary, to be taken up again

@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as Screen
 
-from experiments import report
-from experiments.cells import Table, read_table
 from experiments.cli import Parser, command
 from experiments.formats import percent
-from experiments.table_text import HEADINGS, NUMBERS, comma_separated, heading, latex, markdown, protocol, words
+from experiments.reporting import report
+from experiments.reporting.cells import Table, read_table
+from experiments.reporting.text import HEADINGS, NUMBERS, comma_separated, heading, latex, markdown, protocol, words
 
 
 def write(table: Table, out: Path) -> Path:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from experiments import sweep
-from experiments.sweep_jobs import Job
+from experiments.sweeping.jobs import Job
 
 TRAINER = (sys.executable, str(Path(__file__).with_name("fake_trainer.py")))
 

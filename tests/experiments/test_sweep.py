@@ -11,8 +11,8 @@ from pathlib import Path
 import optuna
 import pytest
 
-from experiments import worker
-from experiments.ledger_db import Ledger
+from experiments.sweeping import worker
+from experiments.sweeping.ledger import Ledger
 from tests.experiments import fake_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -190,5 +190,5 @@ def test_half_made_ledger_is_made_anew(place):
 
 
 def test_start_needs_no_jax():
-    code = "import sys, experiments.sweep, experiments.tables, experiments.report; sys.exit('jax' in sys.modules)"
+    code = "import sys, experiments.sweep, experiments.tables; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

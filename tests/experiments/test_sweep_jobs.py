@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from arch.errors import ConfigError
-from experiments import sweep, sweep_jobs
+from experiments import sweep
 from experiments.runs import flatten
+from experiments.sweeping import jobs as sweep_jobs
 
 CONFIG = """
 from configs import parts

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments import plots, tables
-from experiments.cells import read_table
+from experiments import tables
 from experiments.formats import duration, scaled
+from experiments.reporting import plots
+from experiments.reporting.cells import read_table
+from experiments.reporting.statistics import student_t, wilson
+from experiments.reporting.text import protocol
 from experiments.runs import RunError, last_line, latest, read_run, read_runs
-from experiments.statistics import student_t, wilson
-from experiments.table_text import protocol
 from tests.experiments import fake_runs
 
 

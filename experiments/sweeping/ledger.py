@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments.sweep_jobs import Job, definition_text
+from experiments.sweeping.jobs import Job, definition_text
 
 STUDY = "sweep"
 

@@ -6,11 +6,11 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from experiments import plots
-from experiments.cells import Cell, Table, commit, distinct
 from experiments.formats import duration, number, optional, percent, scaled
+from experiments.reporting import plots
+from experiments.reporting.cells import Cell, Table, commit, distinct
+from experiments.reporting.text import bounds, link, protocol, seeds
 from experiments.runs import Run, flatten
-from experiments.table_text import bounds, link, protocol, seeds
 
 TITLES = {"listops": "ListOps", "text": "Text", "retrieval": "Retrieval", "image": "Image", "pathfinder": "Pathfinder"}
 FOREST = 190.0  # width of the interval column, in pixels
@@ -19,7 +19,7 @@ FOREST = 190.0  # width of the interval column, in pixels
 def page(table: Table, out: Path) -> str:
     """The whole page. out is where it will lie: links to run folders are relative to it."""
     title = TITLES.get(table.task, table.task)
-    style = (files("experiments") / "report.css").read_text(encoding="utf-8")
+    style = (files("experiments.reporting") / "report.css").read_text(encoding="utf-8")
     captions = [
         ("Accuracy over steps", "validation, mean of the finished seeds" + _band(table), "over-steps"),
         ("Accuracy over time", "validation, against the seconds spent in training steps", "over-seconds"),

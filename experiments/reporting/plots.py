@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from experiments.cells import Cell
 from experiments.formats import percent, scaled
+from experiments.reporting.cells import Cell
 
 SERIES = [f"#a000{n:02x}" for n in range(8)]  # stand-ins: the page defines --s0 .. --s7
 INK, FAINT, GRID = "#b00000", "#b00001", "#b00002"

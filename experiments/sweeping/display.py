@@ -13,7 +13,7 @@ from rich.text import Text
 
 from experiments import runs
 from experiments.formats import duration
-from experiments.sweep_jobs import Job
+from experiments.sweeping.jobs import Job
 
 STYLES = {"running": "bold cyan", "done": "green", "failed": "bold red", "interrupted": "yellow", "orphan": "yellow"}
 WORDS = {"orphan": "ending"}  # the worker of a killed sweep is still saving

@@ -195,7 +195,7 @@ def _lines(job: Mapping[str, Any] | None) -> list[str]:
 def read_in_child(file: str, common: Sequence[str] = ()) -> list[Job]:
     """read() in a short-lived process: this one never imports JAX nor takes an accelerator's memory."""
     child = subprocess.run(
-        [sys.executable, "-m", "experiments.sweep_jobs", file, *common],
+        [sys.executable, "-m", "experiments.sweeping.jobs", file, *common],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.cells import Cell, Table
 from experiments.formats import number, optional, percent, scaled
+from experiments.reporting.cells import Cell, Table
 
 HEADINGS = (
     "architecture", "test accuracy", "95 % interval", "interval of", "majority", "against majority", "chance",

@@ -8,8 +8,8 @@ from typing import Any
 
 from arch.errors import Mistake
 from experiments.formats import number, percent
+from experiments.reporting.statistics import student_t, wilson
 from experiments.runs import Run, flatten, read_runs
-from experiments.statistics import student_t, wilson
 
 # LRA's own settings [google-research/long-range-arena @ cd31e5c, listops/]; None: LRA's value is the default.
 LRA = {

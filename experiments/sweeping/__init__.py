@@ -1,0 +1,1 @@
+"""The parts of experiments.sweep: jobs, their ledger, their workers, the display."""
