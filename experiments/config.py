@@ -25,23 +25,12 @@ import ml_collections
 
 from arch import model, schema
 from arch.errors import ConfigError, join, unknown, within
-from arch.registry import OPTIMIZERS, SCHEDULES, TASKS, TOPOLOGIES, Choice, Section
-from arch.schema import NonNegative, Positive, PositiveFloat, Rate
+from arch.registry import OPTIMIZERS, TASKS, TOPOLOGIES, Choice, Section
+from arch.schema import NonNegative, Positive, Rate
 from experiments import data, optim  # noqa: F401  importing these fills TASKS, OPTIMIZERS, SCHEDULES
 from experiments.cli import Parser
 
 log = logging.getLogger("archloom")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """What every optimiser has: peak learning rate, schedule, clipping, accumulation, weight averaging."""
-
-    lr: PositiveFloat
-    schedule: Annotated[Mapping, Choice((SCHEDULES,))]
-    clip: PositiveFloat | None = None  # global gradient norm
-    accumulate: Positive = 1  # micro-batches a step; the batch is cut into so many
-    ema: Rate | None = None  # decay of the averaged parameters; evaluation then uses them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +70,7 @@ class Experiment:
     seed: NonNegative = 0
     task: Annotated[Mapping, Choice((TASKS,))]
     model: Annotated[Mapping, Choice((TOPOLOGIES,), key="topology", shared=model.Options)]
-    optimizer: Annotated[Mapping, Choice((OPTIMIZERS,), shared=Optimizer)]
+    optimizer: Annotated[Mapping, Choice((OPTIMIZERS,), shared=optim.Shared)]
     train: Annotated[Mapping, Section(Train)]
     mesh: Annotated[Mapping, Section(Mesh)]
     sharding: tuple[tuple[str, Axes], ...] = ()  # (path regex, mesh axes of each dimension); empty: the defaults

@@ -6,19 +6,29 @@ run's step alone, not of a counter inside the optimiser, so a skipped update doe
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from arch.errors import ConfigError, within
-from arch.registry import OPTIMIZERS, SCHEDULES
+from arch.registry import OPTIMIZERS, SCHEDULES, Choice
 from arch.schema import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Rate
 
 Schedule = Callable[[Any], Any]  # step -> learning rate, float32
-SHARED = ("lr", "schedule", "clip", "accumulate", "ema")  # options of every optimiser, used by the step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """The options that every optimiser has, used by the step."""
+
+    lr: PositiveFloat  # peak learning rate; the schedule rsqrt has a meaning of its own for it
+    schedule: Annotated[Mapping, Choice((SCHEDULES,))]
+    clip: PositiveFloat | None = None  # largest global gradient norm
+    accumulate: Positive = 1  # micro-batches a step; the batch is cut into so many
+    ema: Rate | None = None  # decay of the averaged parameters; evaluation then uses them
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,8 @@ class Optimizer:
 
 def build(config: Mapping[str, Any], steps: int) -> Optimizer:
     """The optimiser that a resolved `optimizer` section describes, for a run of `steps` updates."""
-    own = {key: value for key, value in config.items() if key not in SHARED}
+    shared = {field.name for field in fields(Shared)}
+    own = {key: value for key, value in config.items() if key not in shared}
     with within("optimizer"):
         schedule = SCHEDULES.build(config["schedule"], path="schedule", lr=config["lr"], steps=steps)
         direction = OPTIMIZERS.build(own)
