@@ -48,6 +48,7 @@ class Train:
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     label_smoothing: Rate = 0.0
+    prng: Literal["threefry2x32", "rbg"] = "threefry2x32"  # dropout; rbg: compiles fast on TPU, bits vary by device
 
 
 @dataclass(frozen=True, kw_only=True)

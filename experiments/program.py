@@ -49,6 +49,7 @@ class Program:
             init=self.functional.init,
             optimizer=self.optimizer,
             latch=train["on_nonfinite"] != "skip",
+            prng=train["prng"],
         )
         state = jax.eval_shape(self._init, 0)
         self.shardings = sharding.state_shardings(state, specs, self.mesh)
@@ -80,6 +81,7 @@ class Program:
             optimizer=self.optimizer,
             dtype=DTYPES[self.config["train"]["precision"]],
             smoothing=self.config["train"]["label_smoothing"],
+            prng=self.config["train"]["prng"],
         )
         jitted = jax.jit(
             train_step,

@@ -24,14 +24,24 @@ METRICS = ("loss", "accuracy", "grad_norm", "learning_rate", "ok")  # the vector
 SUMS = ("loss", "correct", "weight")  # the vector of an evaluation step
 
 
-def init_state(seed: jax.Array, *, init: Callable[[jax.Array], Any], optimizer: optim.Optimizer, latch: bool) -> State:
-    """The state before the first step. latch: the state can halt at a non-finite value."""
+def init_state(
+    seed: jax.Array,
+    *,
+    init: Callable[[jax.Array], Any],
+    optimizer: optim.Optimizer,
+    latch: bool,
+    prng: str = "threefry2x32",
+) -> State:
+    """The state before the first step.
+
+    latch: the state can halt at a non-finite value. prng: the generator of dropout; parameters always take threefry.
+    """
     key = jax.random.key(seed)
     params = init(jax.random.fold_in(key, 0))
     state = {
         "step": jnp.zeros((), jnp.int32),
         "batch": jnp.zeros((), jnp.int32),
-        "rng": jax.random.key_data(jax.random.fold_in(key, 1)),
+        "rng": jax.random.key_data(jax.random.key(jax.random.bits(jax.random.fold_in(key, 1)), impl=prng)),
         "params": params,
         "opt": optimizer.direction.init(params),
     }
@@ -71,13 +81,15 @@ def train_step(
     optimizer: optim.Optimizer,
     dtype: Any = jnp.float32,
     smoothing: float = 0.0,
+    prng: str = "threefry2x32",
 ) -> tuple[State, jax.Array]:
     """One update. Pure: no I/O, no clock, no globals. Returns the new state and METRICS as one float32 vector.
 
     A non-finite loss or gradient changes neither parameters nor optimiser. The step is then passed over, or, when the
     state has "halted", that is set and every later call returns the state as it is.
     """
-    key = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])  # the step alone decides
+    key = jax.random.wrap_key_data(state["rng"], impl=prng)
+    key = jax.random.fold_in(key, state["step"])  # the step alone decides
 
     def loss_fn(params: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         loss, correct, weight = score(apply(cast(params, dtype), rows["inputs"], rows["keep"], key), rows, smoothing)

@@ -296,6 +296,18 @@ def test_missing_data_is_said_before_there_is_a_folder(tmp_path, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
+def test_dropout_by_either_generator(programs):
+    """rbg gives other dropout than threefry, the same again each time, and the same first parameters."""
+    states = {}
+    for prng in ("threefry2x32", "rbg"):
+        program = programs(tiny.config(model__dropout=0.5, train__prng=prng))
+        first = param_hash(program.init()["params"])
+        states[prng] = (first, *(param_hash(after(program, 2)["params"]) for _ in range(2)))
+    assert states["rbg"][1] == states["rbg"][2]
+    assert states["rbg"][0] == states["threefry2x32"][0]
+    assert states["rbg"][1] != states["threefry2x32"][1]
+
+
 def test_bf16_remat_accumulation_and_clip_train(tmp_path):
     options = {"train__precision": "bf16", "train__remat": "full", "optimizer__accumulate": 2, "optimizer__clip": 1.0}
     options["model__parts__mixer__kind"] = "softmax"
