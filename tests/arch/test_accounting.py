@@ -8,6 +8,7 @@ from jax import lax
 from arch import accounting, flops
 from arch.model import functional
 from arch.registry import TASKS
+from arch.spec import InputSpec
 from experiments import config
 from tests.experiments.shipped import SOURCES
 
@@ -107,3 +108,11 @@ def test_decode_state():
     found = accounting.account(model, spec)
     assert found.state_bytes == 4 * (2 * spec.length * 64 * 4 + 4) + 4  # keys and values, lengths
     assert accounting.account(tree["model"], spec).state_bytes is None
+
+
+def test_activations_are_those_of_the_tokens():
+    """Twice the tokens keep twice the bytes: parameters, which do not grow with them, are not counted."""
+    tree = config.plain(config.configure("configs/quickstart.py:linear"))
+    model = {**tree["model"], "head": {"name": "classifier", "pooling": "mean"}}
+    short, long = (accounting.account(model, InputSpec(16, 10, n)).activation_bytes for n in (256, 512))
+    assert long / short == pytest.approx(2, rel=0.02)
