@@ -14,13 +14,13 @@ Needs the extra `peers`: pip install -e '.[peers]' (or --torch-python, an interp
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import turns
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB, CLASSES, LENGTH, BATCH = 258, 2, 1000, 8
@@ -161,46 +161,6 @@ def _both(mine, theirs):
     return {mine + ".weight": f"{theirs}/{first}", mine + ".bias": f"{theirs}/bias"}
 
 
-def child(side: str, parameters: str, threads: int):
-    """Answers each line `first count` with the seconds and losses of those steps."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    versions, steps = {"archloom": archloom_side, "torch": torch_side}[side](parameters, threads)
-    print(json.dumps({"python": platform.python_version(), **versions}), flush=True)
-    for line in sys.stdin:
-        first, count = map(int, line.split())
-        start, used = time.perf_counter(), time.process_time()
-        losses = steps(first, count)
-        spent = {"seconds": time.perf_counter() - start, "processor": time.process_time() - used}
-        print(json.dumps({**spent, "losses": losses}), flush=True)
-
-
-class Child:
-    def __init__(self, python: str, side: str, parameters: str, threads: int):
-        command = [python, __file__, "--child", side, "--parameters", parameters, "--threads", str(threads)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        self.side = side
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.versions = self._read()
-
-    def _read(self):
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"bench_train: the {self.side} process ended with code {self.process.wait()}")
-        return json.loads(line)
-
-    def run(self, first: int, count: int):
-        self.process.stdin.write(f"{first} {count}\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side (at least 5 for a record)")
@@ -212,36 +172,33 @@ def main():
     parser.add_argument("--parameters", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        return child(options.child, options.parameters, options.threads)
-    probe = subprocess.run([options.torch_python, "-c", "import torch"], capture_output=True, text=True)
-    if probe.returncode:
-        print(
-            f"bench_train: {options.torch_python} has no torch; install the extra `peers` (pip install -e '.[peers]') "
-            "or name an interpreter with --torch-python",
-            file=sys.stderr,
-        )
+        start = {"archloom": archloom_side, "torch": torch_side}[options.child]
+        return turns.serve(options.threads, lambda: start(options.parameters, options.threads))
+    if turns.torch_missing(options.torch_python):
         return 2
     with tempfile.TemporaryDirectory() as folder:
         parameters = str(Path(folder) / "parameters.npz")
-        sides = [Child(sys.executable, "archloom", parameters, options.threads)]
-        sides.append(Child(options.torch_python, "torch", parameters, options.threads))
+        sides = []
+        for name, python in (("archloom", sys.executable), ("torch", options.torch_python)):
+            command = [python, __file__, "--child", name, "--parameters", parameters, f"--threads={options.threads}"]
+            sides.append(turns.Side(name, command, options.threads))
         return compare(options, *sides)
 
 
-def compare(options, ours: Child, peer: Child):
+def compare(options, ours: turns.Side, peer: turns.Side):
     first = [side.run(0, BATCHES) for side in (ours, peer)]  # compiles; not timed
-    difference = max(abs(a - b) / abs(b) for a, b in zip(*(turn["losses"] for turn in first)))
+    difference = max(abs(a - b) / abs(b) for a, b in zip(*(turn["result"] for turn in first)))
     print(f"losses of the first {BATCHES} steps agree to {difference:.1e}")
     if not difference < 1e-3:
         print(f"bench_train: the two models are not the same: {first}", file=sys.stderr)
         return 1
-    rounds, done, processor = [], BATCHES, {ours.side: [], peer.side: []}
+    rounds, done, processor = [], BATCHES, {ours.name: [], peer.name: []}
     for n in range(options.rounds):
         turn = {}
         for side in (ours, peer):
             answer = side.run(done, options.steps)
-            turn[side.side] = options.steps / answer["seconds"]
-            processor[side.side].append(answer["processor"] / options.steps)
+            turn[side.name] = options.steps / answer["seconds"]
+            processor[side.name].append(answer["processor"] / options.steps)
         rounds.append(turn)
         done += options.steps
         print(
@@ -272,7 +229,7 @@ def compare(options, ours: Child, peer: Child):
         "commit": commit,
         "dirty": dirty,
         "command": ["python", "scripts/bench_train.py", *sys.argv[1:]],
-        "versions": {side.side: side.versions for side in (ours, peer)},
+        "versions": {side.name: side.versions for side in (ours, peer)},
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     options.record.parent.mkdir(parents=True, exist_ok=True)
