@@ -45,6 +45,13 @@ class CausalMixer(Mixer, Protocol):
     def step(self, x: Float[Array, "B D"], state: State) -> tuple[Float[Array, "B D"], State]: ...
 
 
+def head_width(width: int, num_heads: int, head_dim: int | None) -> int:
+    """The option `head_dim` of a mixer with heads; None shares the model's width out among them."""
+    if head_dim is None and width % num_heads:
+        raise ConfigError("num_heads", f"{num_heads} does not divide width {width}; change one or give head_dim")
+    return width // num_heads if head_dim is None else head_dim
+
+
 def known_implementation(name: str | None, implementations: Collection[str]) -> str | None:
     """The option `implementation` of a mixer, checked against its op's table."""
     if name is not None and name not in implementations:

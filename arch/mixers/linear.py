@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from arch.errors import ConfigError
 from arch.layers import dense
-from arch.mixers.contract import State, known_implementation, refuse_packing
+from arch.mixers.contract import State, head_width, known_implementation, refuse_packing
 from arch.ops.heads import join_heads, split_heads
 from arch.ops.linear import global_linear_attention
 from arch.registry import MIXERS
@@ -35,11 +35,9 @@ class Linear(nnx.Module):
         implementation: str | None = None,  # a name known to the op `linear_attention`; causal only
         rngs: nnx.Rngs,
     ):
-        if head_dim is None and width % num_heads:
-            raise ConfigError("num_heads", f"{num_heads} does not divide width {width}; change one or give head_dim")
         if implementation is not None and not causal:
             raise ConfigError("implementation", "the bidirectional form has one implementation; leave it None")
-        self.heads, self.head_dim = num_heads, width // num_heads if head_dim is None else head_dim
+        self.heads, self.head_dim = num_heads, head_width(width, num_heads, head_dim)
         self.causal = causal
         self.implementation = known_implementation(implementation, IMPLEMENTATIONS)
         self.qkv = dense(width, 3 * self.heads * self.head_dim, bias=False, rngs=rngs)

@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from arch.errors import ConfigError
 from arch.layers import dense
-from arch.mixers.contract import State, known_implementation
+from arch.mixers.contract import State, head_width, known_implementation
 from arch.ops.heads import join_heads, split_heads
 from arch.positions import Rotary
 from arch.registry import MIXERS
@@ -39,12 +39,10 @@ class Softmax(nnx.Module):
         rotary: Rotary | None = None,
         rngs: nnx.Rngs,
     ):
-        if head_dim is None and width % num_heads:
-            raise ConfigError("num_heads", f"{num_heads} does not divide width {width}; change one or give head_dim")
+        self.head_dim = head_width(width, num_heads, head_dim)
         self.heads, self.groups = num_heads, num_heads if kv_heads is None else kv_heads
         if self.heads % self.groups:
             raise ConfigError("kv_heads", f"{self.groups} does not divide num_heads {num_heads}")
-        self.head_dim = width // num_heads if head_dim is None else head_dim
         self.causal, self.rotary = causal, rotary
         self.implementation = known_implementation(implementation, IMPLEMENTATIONS)
         self.qkv = dense(width, (self.heads + 2 * self.groups) * self.head_dim, bias=bias, rngs=rngs)
