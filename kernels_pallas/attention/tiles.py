@@ -3,7 +3,7 @@
 import jax
 
 ROWS = COLUMNS = 1024  # where every key is visible
-SKIPPED = 384  # where tiles can be left out: results/bench_ops.jsonl; 256 and 512 were slower
+SKIPPED = 384  # where tiles can be left out: taking turns, 256 was slower at 1K to 4K, 512 at 1K and 2K
 ELEMENTS = 1 << 20  # scores a step
 
 
