@@ -11,7 +11,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import turns
@@ -107,20 +106,11 @@ def main():
     cases = {name: measure(name, ours, peer, options.rounds) for name in CASES}
     for side in (ours, peer):
         side.close()
-    sys.path.insert(0, str(ROOT))
-    from experiments.environment import device, source_version
-
-    commit, dirty = source_version()
     record = {
         "bench": "ops",
         "cases": cases,
         "threads": options.threads,
-        "device": device(),
-        "commit": commit,
-        "dirty": dirty,
-        "command": ["python", "scripts/bench_ops.py", *sys.argv[1:]],
-        "versions": {side.name: side.versions for side in (ours, peer)},
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **turns.provenance(ours, peer),
     }
     with options.record.open("a") as file:
         file.write(json.dumps(record) + "\n")

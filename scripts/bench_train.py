@@ -17,7 +17,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import turns
@@ -210,10 +209,6 @@ def compare(options, ours: turns.Side, peer: turns.Side):
         side.close()
     ratios = [turn["archloom"] / turn["torch"] for turn in rounds]
     speeds = {name: statistics.median(turn[name] for turn in rounds) for name in rounds[0]}
-    sys.path.insert(0, str(ROOT))
-    from experiments.environment import device, source_version
-
-    commit, dirty = source_version()
     record = {
         "bench": "train_step",
         "model": f"LRA text base: depth {DEPTH}, width {WIDTH}, heads {HEADS}, length {LENGTH}, batch {BATCH}, fp32",
@@ -225,12 +220,7 @@ def compare(options, ours: turns.Side, peer: turns.Side):
         "processor_seconds_a_step": {name: round(statistics.median(spent), 4) for name, spent in processor.items()},
         "loss_difference": difference,
         "threads": options.threads,
-        "device": device(),
-        "commit": commit,
-        "dirty": dirty,
-        "command": ["python", "scripts/bench_train.py", *sys.argv[1:]],
-        "versions": {side.name: side.versions for side in (ours, peer)},
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **turns.provenance(ours, peer),
     }
     options.record.parent.mkdir(parents=True, exist_ok=True)
     with options.record.open("a") as file:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -55,6 +56,22 @@ class Side:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
+
+
+def provenance(*sides: Side) -> dict[str, Any]:
+    """What every record says of its making."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from experiments.environment import device, source_version
+
+    commit, dirty = source_version()
+    return {
+        "device": device(),
+        "commit": commit,
+        "dirty": dirty,
+        "command": ["python", *sys.orig_argv[1:]],
+        "versions": {side.name: side.versions for side in sides},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def torch_missing(python: str) -> bool:
