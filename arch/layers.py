@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import nn
+from jaxtyping import Array, Float
 
 XAVIER = nn.initializers.xavier_uniform()
 NEARLY_ZERO = nn.initializers.normal(1e-6)
@@ -39,6 +40,20 @@ def cast(params: Any, dtype: Any) -> Any:
         return p if any(getattr(key, "key", None) == "exact" for key in path) else p.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+class StarReLU(nnx.Module):
+    """scale relu(x)^2 + bias, two learnt numbers, 1 and 0 at first as in the released code.
+
+    Source: Yu et al. 2022, arXiv:2210.13452.
+    """
+
+    def __init__(self) -> None:
+        self.scale, self.bias = nnx.Param(jnp.ones(())), nnx.Param(jnp.zeros(()))
+
+    def __call__(self, x: Float[Array, "*A D"]) -> Float[Array, "*A D"]:
+        scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
+        return (scale * jnp.square(nnx.relu(x.astype(jnp.float32))) + bias).astype(x.dtype)
 
 
 class Dropout(nnx.Module):

@@ -42,6 +42,38 @@ class Scale(nnx.Module):
         return (self.gain[...] * inverse * x).astype(x.dtype)
 
 
+@NORMS.register("group")
+class Group(nnx.Module):
+    """(x - mean) / sqrt(var + eps) * scale + bias, mean and variance over all tokens and channels of an example.
+
+    Group normalisation with one group. Source: Wu and He 2018, arXiv:1803.08494, as in PoolFormer, arXiv:2111.11418.
+    Tokens see each other in it, padding too: for the grids of images only, where every token is real.
+    """
+
+    def __init__(self, width: int, *, eps: PositiveFloat = 1e-5, bias: bool = True):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((width,)))
+        self.bias = nnx.Param(jnp.zeros((width,))) if bias else None
+
+    def __call__(self, x: Float[Array, "B *A D"]) -> Float[Array, "B *A D"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=range(1, x.ndim), keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=range(1, x.ndim), keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.eps) * self.scale[...].astype(jnp.float32)
+        return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+@NORMS.register("none")
+class NoNorm(nnx.Module):
+    """y = x."""
+
+    def __init__(self, width: int):
+        del width
+
+    def __call__(self, x: Float[Array, "*A D"]) -> Float[Array, "*A D"]:
+        return x
+
+
 class HeadNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last axis of [... H V], every head by itself, scale [H V].
 

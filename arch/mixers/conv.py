@@ -1,29 +1,17 @@
 """Depthwise separable convolution, the mixer of ConvFormer. Source: Yu et al. 2022, arXiv:2210.13452."""
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from arch.channel_mixers import hidden_width
 from arch.depthwise_conv import DepthwiseConv
 from arch.errors import ConfigError
-from arch.layers import dense
+from arch.layers import StarReLU, dense
 from arch.mixers.contract import State
 from arch.ops.grid import fill_axes
 from arch.registry import MIXERS
 from arch.schema import Positive, PositiveFloat
 from arch.short_conv import ShortConv
-
-
-class StarReLU(nnx.Module):
-    """scale relu(x)^2 + bias, two learnt numbers, 1 and 0 at first as in the released code."""
-
-    def __init__(self) -> None:
-        self.scale, self.bias = nnx.Param(jnp.ones(())), nnx.Param(jnp.zeros(()))
-
-    def __call__(self, x: Float[Array, "*A D"]) -> Float[Array, "*A D"]:
-        scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
-        return (scale * jnp.square(nnx.relu(x.astype(jnp.float32))) + bias).astype(x.dtype)
 
 
 @MIXERS.register("conv")
