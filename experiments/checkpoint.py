@@ -142,6 +142,10 @@ class Checkpoints:
 
     # Loading
 
+    def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every leaf of this step by path, from its manifest alone."""
+        return {path: tuple(entry["shape"]) for path, entry in self._body(step)["leaves"].items()}
+
     def notes(self, step: int) -> dict[str, Any]:
         return self._body(step)["notes"]
 

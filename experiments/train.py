@@ -1,6 +1,7 @@
 """Trains one config in one folder, from the start or from where it was stopped.
 
     python -m experiments.train --config=configs/quickstart.py:linear --workdir=runs/linear
+    python -m experiments.train --config=... --init_from=runs/short --workdir=runs/long      # see continual.py
 
 The same command resumes: the data order and every random number are functions of (seed, step), so a run that was killed
 ends with the same bits as one that was not. Exit codes: 0 done (also when it was done before), 1 failed, 2 a mistake in
@@ -23,7 +24,7 @@ import numpy as np
 
 from arch import accounting
 from arch.errors import ConfigError
-from experiments import cli, environment
+from experiments import cli, continual, environment
 from experiments import config as configs
 from experiments.checkpoint import Checkpoints, Damaged, param_hash
 from experiments.data.store import DataError
@@ -43,12 +44,14 @@ class Failed(Exception):
     """The run cannot go on; the message is the reason."""
 
 
-def train(config: Any, workdir: Path, source: str) -> int:
-    """Trains to the end or to a signal; returns the exit code."""
+def train(config: Any, workdir: Path, source: str, init: continual.Request | None = None) -> int:
+    """Trains to the end or to a signal; returns the exit code. `init`: the run to start from."""
     started = time.perf_counter()
     program = Program(config)
+    origin = None
     if not (workdir / "config.json").exists():
         program.task.prepare()  # data that is missing is said before there is a folder
+        origin = None if init is None else continual.find(program, init)
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / "train.lock", "w") as lock, Stopping() as stopping:
         try:
@@ -57,7 +60,7 @@ def train(config: Any, workdir: Path, source: str) -> int:
             raise ConfigError(
                 "--workdir", f"another process trains in {workdir}; wait for it or name another"
             ) from None
-        if (code := claim(config, workdir, source)) is not None:
+        if (code := claim(config, workdir, source, init, origin)) is not None:
             return code
         environment.compile_cache()
         with jax.set_mesh(program.mesh), Progress(program.steps) as progress:
@@ -68,14 +71,23 @@ def train(config: Any, workdir: Path, source: str) -> int:
                 return 1
 
 
-def claim(config: Any, workdir: Path, source: str) -> int | None:
+def claim(
+    config: Any,
+    workdir: Path,
+    source: str,
+    init: continual.Request | None = None,
+    origin: continual.Record | None = None,
+) -> int | None:
     """Makes the folder this config's, or checks that it is. An exit code if there is nothing left to do."""
     file, summary = workdir / "config.json", workdir / "summary.json"
-    mine = {"config": configs.plain(config), "hash": configs.config_hash(config), "seed": config["seed"]}
-    if not file.exists():
-        write_json(file, {**mine, "source": source}, indent=1)
+    saved = read_json(file) if file.exists() else None
+    origin = origin if saved is None else saved.get("init")
+    hashed = continual.run_hash(configs.config_hash(config), origin)
+    mine = {"config": configs.plain(config), "hash": hashed, "seed": config["seed"]}
+    if saved is None:
+        write_json(file, {**mine, "source": source, **({} if origin is None else {"init": origin})}, indent=1)
         return None
-    saved = read_json(file)
+    continual.check_asked(workdir, origin, init)
     if (saved["hash"], saved["seed"]) != (mine["hash"], mine["seed"]):
         changes = "; ".join(differences(saved["config"], json.loads(json.dumps(mine["config"]))))
         raise ConfigError("--workdir", f"{workdir} holds another experiment: {changes}; name another folder")
@@ -106,12 +118,13 @@ def run(program: Program, workdir: Path, stopping: Stopping, progress: Progress,
     write_json(workdir / "environment.json", environment.describe(), indent=1)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings["keep"])
     checkpoints.sweep()
+    init = read_json(workdir / "config.json").get("init")
     ledger = Ledger(workdir)
     ledger.write("setup", 0, time.perf_counter() - started)
     with ledger.timed("compile", 0):
         train_step, _ = program.train_step, program.eval_step
 
-    state, step, notes = restore(program, checkpoints, ledger)
+    state, step, notes = restore(program, checkpoints, ledger, init)
     batches = program.batches(int(state["batch"]))
     metrics, watch, window = Metrics(workdir, step), Stopwatch(ledger, notes["seconds"]), Window(notes["window"])
     majority, saved, best_before = task.majority("validation"), step, notes["best"]
@@ -155,7 +168,7 @@ def run(program: Program, workdir: Path, stopping: Stopping, progress: Progress,
             running.clear()
             metrics.close()
             batches.close()
-            state, step, notes = restore(program, checkpoints, ledger)
+            state, step, notes = restore(program, checkpoints, ledger, init)
             notes["offset"] = batch_index + 1 - step  # the data goes on behind the batch that did it
             state = {**state, "batch": jax.device_put(np.int32(batch_index + 1), program.replicated)}
             batches, metrics, window = program.batches(batch_index + 1), Metrics(workdir, step), Window(notes["window"])
@@ -229,7 +242,9 @@ def run(program: Program, workdir: Path, stopping: Stopping, progress: Progress,
     return 0
 
 
-def restore(program: Program, checkpoints: Checkpoints, ledger: Ledger) -> tuple[Any, int, dict[str, Any]]:
+def restore(
+    program: Program, checkpoints: Checkpoints, ledger: Ledger, origin: continual.Record | None = None
+) -> tuple[Any, int, dict[str, Any]]:
     """(state, step, notes) of the newest intact checkpoint, or the beginning. Damaged steps after it are deleted."""
     start = time.perf_counter()
     found = checkpoints.load(program.state)
@@ -241,7 +256,7 @@ def restore(program: Program, checkpoints: Checkpoints, ledger: Ledger) -> tuple
         ledger.write("resume", step, time.perf_counter() - start)
         log.info("going on from step %d", step)
         return found[1], step, found[2]
-    state = jax.block_until_ready(program.init())
+    state = jax.block_until_ready(program.init() if origin is None else continual.start(program, origin))
     ledger.write("setup", 0, time.perf_counter() - start, what="parameters")
     # best, last: the best and the newest validation; offset: batches passed over by rollbacks; window: see metrics
     return state, 0, {"seconds": 0.0, "evaluated": 0, "best": None, "last": None, "offset": 0, "window": None}
@@ -301,6 +316,7 @@ def summary(
         "config_hash": saved["hash"],
         "seed": saved["seed"],
         "source": saved["source"],
+        "init": saved.get("init"),  # the run it started from
         "steps": step,
         "params": program.parameters,
         "flops": account.flops,
@@ -321,8 +337,11 @@ def summary(
 def main(argv: list[str]) -> int:
     parser = cli.Parser(prog="experiments.train", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--init_from", type=Path, metavar="RUN", help="start from this run's checkpoint")
+    parser.add_argument("--init_step", metavar="STEP", help="which: last (default), best or a step")
+    parser.add_argument("--init_optimizer", choices=("true", "false"), help="take over its moments (default) or not")
     loaded = configs.load(argv, parser)
-    return train(loaded.config, loaded.flags.workdir, loaded.source)
+    return train(loaded.config, loaded.flags.workdir, loaded.source, continual.request(loaded.flags))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def test_too_short_a_file_is_refused(file):
 
 
 def test_shares_must_leave_something(file):
-    with pytest.raises(ConfigError, match="task.test_share"):
+    with pytest.raises(ConfigError, match=r"task\.test_share"):
         make(file, validation_share=0.5, test_share=0.5)
 
 
