@@ -1,7 +1,7 @@
 """Batches of a task, through Grain: which examples a training step sees is a function of (seed, step) alone."""
 
 from collections.abc import Iterator
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import grain
 import numpy as np
@@ -10,19 +10,17 @@ from experiments.data.task import Task
 
 
 class Batch(TypedDict):
-    inputs: np.ndarray  # int32 [B T], padded with 0
-    keep: np.ndarray  # bool [B T], False on padding
+    inputs: np.ndarray  # int32 [B T] or [B 2 T], padded with 0; or images, float32 [B H W C]
+    keep: NotRequired[np.ndarray]  # bool, False on padding; not of images
     label: np.ndarray  # int32 [B], or [B T] with -1 where nothing is scored
     weight: np.ndarray  # float32 [B], 0 for a row that only fills the batch up
 
 
 def make_batch(inputs: np.ndarray, label: np.ndarray, weight: np.ndarray) -> Batch:
-    return {
-        "inputs": inputs.astype(np.int32),
-        "keep": inputs != 0,
-        "label": label.astype(np.int32),
-        "weight": weight.astype(np.float32),
-    }
+    rest = {"label": label.astype(np.int32), "weight": weight.astype(np.float32)}
+    if np.issubdtype(inputs.dtype, np.floating):
+        return {"inputs": inputs.astype(np.float32), **rest}
+    return {"inputs": inputs.astype(np.int32), "keep": inputs != 0, **rest}
 
 
 def train_batches(
@@ -57,6 +55,8 @@ def train_batches(
     rows = batch_size // count
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = grain.MapDataset.source(task.source("train")).shuffle(seed=shuffle_seed).repeat()
+    if (augment := getattr(task, "augment", None)) is not None:  # its random numbers: of the seed and the place in it
+        order = order.random_map(augment, seed=shuffle_seed)
     batches = (
         order.slice(slice(index, None, count))
         .batch(rows, drop_remainder=True)
