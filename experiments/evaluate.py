@@ -42,13 +42,27 @@ def choose(checkpoints: Checkpoints, which: str) -> int:
 
 
 def evaluate(folder: Path, which: str, split: str, overrides: Mapping[str, str] = MappingProxyType({})) -> dict:
-    """{"run", "checkpoint", "step", "split", "loss", "accuracy", "examples", "majority"}, and the overrides if any."""
-    if not (folder / "config.json").exists():
-        raise ConfigError("--run", f"{folder} has no config.json; name a run's folder")
-    program = load(read_json(folder / "config.json")["config"], overrides)
+    """{"run", "checkpoint", "step", "split", the objective's metrics, "examples"}, the majority-class level of a
+    classifier's split, and the overrides if any."""
+    program, params, step = checkpoint(folder, which, overrides)
     program.task.prepare()
     if split not in program.task.splits:
         raise ConfigError("--split", f"{split!r} is not one of {', '.join(program.task.splits)}")
+    with jax.set_mesh(program.mesh):
+        scores = program.evaluate(params, split)
+    assert scores is not None  # nothing asks it to stop
+    about = {"run": str(folder), "checkpoint": which, "step": step, "split": split}
+    level = {"majority": program.task.majority(split)} if "accuracy" in scores else {}
+    return {**about, **scores, **level, **({"overrides": overrides} if overrides else {})}
+
+
+def checkpoint(
+    folder: Path, which: str, overrides: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Program, Any, int]:
+    """The run's program, the parameters that evaluation uses, and their step."""
+    if not (folder / "config.json").exists():
+        raise ConfigError("--run", f"{folder} has no config.json; name a run's folder")
+    program = load(read_json(folder / "config.json")["config"], overrides)
     checkpoints, name = Checkpoints(folder / "checkpoints"), program.evaluated
     step = choose(checkpoints, which)
     with jax.set_mesh(program.mesh):
@@ -56,15 +70,7 @@ def evaluate(folder: Path, which: str, split: str, overrides: Mapping[str, str] 
             _, state, _ = checkpoints.load_step(step, {name: program.state[name]})
         except Damaged as error:
             raise ConfigError("--checkpoint", f"step {step} is damaged: {error}; name another") from error
-        scores = program.evaluate(state[name], split)
-    assert scores is not None  # nothing asks it to stop
-    about = {"run": str(folder), "checkpoint": which, "step": step, "split": split}
-    return {
-        **about,
-        **scores,
-        "majority": program.task.majority(split),
-        **({"overrides": overrides} if overrides else {}),
-    }
+    return program, state[name], step
 
 
 def load(config: Mapping[str, Any], overrides: Mapping[str, str]) -> Program:
@@ -90,9 +96,9 @@ def main(argv: list[str]) -> int:
     _, overrides, flags = configs.split(argv, parser, required=False)
     found = evaluate(flags.run, flags.checkpoint, flags.split, overrides)
     print(json.dumps(found))
+    level = f"accuracy {found['accuracy']:.4f} (majority {found['majority']:.4f}), " if "accuracy" in found else ""
     print(
-        f"step {found['step']}: {found['split']} accuracy {found['accuracy']:.4f} (majority {found['majority']:.4f}), "
-        f"loss {found['loss']:.4f}, {found['examples']} examples",
+        f"step {found['step']}: {found['split']} {level}loss {found['loss']:.4f}, {found['examples']} examples",
         file=sys.stderr,
     )
     return 0

@@ -114,9 +114,10 @@ class Progress:
         self.close()
 
     def update(self, step: int, fields: Mapping[str, Any]) -> None:
-        """fields: loss, accuracy, examples_per_second, steps_per_second."""
+        """fields: loss, accuracy if the objective has it, examples_per_second, steps_per_second."""
         finite = fields["loss"] is not None
-        text = f"loss {fields['loss']:.4f}  accuracy {fields['accuracy']:.4f}" if finite else "loss is not finite"
+        shown = [name for name in ("loss", "accuracy") if name in fields]
+        text = "  ".join(f"{name} {fields[name]:.4f}" for name in shown) if finite else "loss is not finite"
         left = (self.total - step) / max(fields["steps_per_second"], 1e-9)
         text += f"  {fields['examples_per_second']:.0f} examples/s  ETA {clock(left)}"
         if self._bar is not None:
@@ -182,26 +183,27 @@ class Stopwatch:
 class Window:
     """Means over the steps since the last line of the metrics. `state` is plain data that a checkpoint keeps."""
 
-    MEANS = ("loss", "accuracy", "grad_norm")
-
-    def __init__(self, state: Mapping[str, Any] | None = None):
-        empty = {"steps": 0, "finite": 0, "seconds": 0.0, **dict.fromkeys(self.MEANS, 0.0)}
+    def __init__(
+        self, state: Mapping[str, Any] | None = None, means: tuple[str, ...] = ("loss", "accuracy", "grad_norm")
+    ):
+        self.means = means
+        empty = {"steps": 0, "finite": 0, "seconds": 0.0, **dict.fromkeys(means, 0.0)}
         self.state: dict[str, Any] = {**empty, **(state or {})}  # seconds: the stopwatch's total when the window began
 
     def add(self, row: Mapping[str, float]) -> None:
         self.state["steps"] += 1
         if row["ok"]:
             self.state["finite"] += 1
-            for name in self.MEANS:
+            for name in self.means:
                 self.state[name] += row[name]
 
     def line(self, row: Mapping[str, float], seconds: float, batch_size: int) -> dict[str, Any]:
         """The fields of one train line, and a new window. A mean over no finite step is None."""
         state, finite = self.state, self.state["finite"]
         rate = state["steps"] / max(seconds - state["seconds"], 1e-9)
-        self.__init__({"seconds": seconds})  # type: ignore[misc]
+        self.__init__({"seconds": seconds}, self.means)  # type: ignore[misc]
         return {
-            **{name: state[name] / finite if finite else None for name in self.MEANS},
+            **{name: state[name] / finite if finite else None for name in self.means},
             "learning_rate": row["learning_rate"],
             "seconds": round(seconds, 3),
             "steps_per_second": rate,

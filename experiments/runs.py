@@ -46,6 +46,11 @@ class Run:
         return self.config["task"]["name"]
 
     @property
+    def objective(self) -> str:
+        """What it was trained for."""
+        return self.config.get("objective", {"name": "classify"})["name"]
+
+    @property
     def label(self) -> str:
         """What the config file was asked for: the arg, or the file's name when it had none."""
         file, _, arg = self.source.partition(":")

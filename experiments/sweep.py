@@ -113,8 +113,9 @@ class Sweep:
         state, job = self.states[number], self.jobs[number]
         summary = runs.read_summary(state.folder)
         if summary is not None and summary["status"] == "done":
-            accuracy = (summary.get("best") or {}).get("accuracy")
-            self.ledger.complete(number, accuracy if accuracy is not None and math.isfinite(accuracy) else 0.0)
+            best = summary.get("best") or {}
+            value = best.get("accuracy", -best["loss"] if "loss" in best else 0.0)  # the ledger's study maximises
+            self.ledger.complete(number, value if math.isfinite(value) else 0.0)
             self._show(number, "done")
         elif summary is not None or (code is not None and code > 0 and code not in STOPPED):
             reason = (summary or {}).get("reason") or f"the worker ended with exit code {code}"

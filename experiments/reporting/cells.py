@@ -152,9 +152,14 @@ class Table:
 
 
 def read_table(root: Path, task: str) -> Table:
-    """The table of a task from every run below root."""
+    """The table of a task from every run below root whose objective has an accuracy."""
     every = read_runs(root)
-    found = [run for run in every if run.task == task]
+    of_task = [run for run in every if run.task == task]
+    found = [run for run in of_task if run.objective == "classify"]
+    others = [run for run in of_task if run.objective != "classify"]
+    left_out = f"runs without an accuracy, of the objectives {', '.join(distinct(run.objective for run in others))}"
+    if others and not found:
+        raise TableError(f"{root} holds of task {task!r} only {left_out}; see loss and test loss in their summary.json")
     if not found:
         tasks = distinct(run.task for run in every)
         there = f"the runs there are of {', '.join(tasks)}" if tasks else "there are no runs at all"
@@ -163,7 +168,7 @@ def read_table(root: Path, task: str) -> Table:
     for run in found:
         groups.setdefault(run.hash, []).append(run)
     labels = label(groups)
-    warnings: list[str] = []
+    warnings = [f"left out: {len(others)} {left_out}"] if others else []
     cells = []
     for key, members in groups.items():
         members.sort(key=lambda run: (run.seed, str(run.path)))
