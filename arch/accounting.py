@@ -15,7 +15,7 @@ from arch.errors import ConfigError
 from arch.layers import cast
 from arch.model import Functional, functional
 from arch.registry import CHANNEL_MIXERS, HEADS, MIXERS, POSITIONS
-from arch.spec import InputSpec
+from arch.spec import InputSpec, Spec
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,18 @@ def nbytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def count_params(model: Mapping[str, Any], spec: InputSpec) -> int:
+def count_params(model: Mapping[str, Any], spec: Spec) -> int:
     """Exact; takes some tens of milliseconds."""
     return size(functional(model, spec).abstract())
 
 
-def forward_flops(model: Mapping[str, Any], spec: InputSpec) -> float:
+def forward_flops(model: Mapping[str, Any], spec: Spec) -> float:
     """Of one example of the longest length."""
     net = functional(model, spec)
     return flops.count(net.apply, net.abstract(), _inputs(spec)).flops
 
 
-def account(model: Mapping[str, Any], spec: InputSpec, *, dtype: Any = jnp.float32, remat: str = "none") -> Account:
+def account(model: Mapping[str, Any], spec: Spec, *, dtype: Any = jnp.float32, remat: str = "none") -> Account:
     """The costs of a config's section `model` on a task's inputs."""
     net = functional(model, spec, remat=remat)
     params = net.abstract()
@@ -75,8 +75,8 @@ def account(model: Mapping[str, Any], spec: InputSpec, *, dtype: Any = jnp.float
     )
 
 
-def _inputs(spec: InputSpec, batch: int = 1) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((batch, spec.length), jnp.int32)
+def _inputs(spec: Spec, batch: int = 1) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((batch, *spec.shape), jnp.dtype(spec.dtype))
 
 
 def _loss(net: Functional) -> Any:
@@ -92,8 +92,10 @@ def _saved(net: Functional, params: Any, inputs: Any, dtype: Any) -> int:
     return nbytes([v.aval for v in kept])
 
 
-def _state(net: Functional, params: Any, spec: InputSpec, dtype: Any) -> int | None:
+def _state(net: Functional, params: Any, spec: Spec, dtype: Any) -> int | None:
     low = jax.eval_shape(lambda p: cast(p, dtype), params)
+    if not isinstance(spec, InputSpec):
+        return None
     try:
         return nbytes(jax.eval_shape(lambda p: net.module(p).init_state(1, spec.length), low))
     except ConfigError:  # a classifier does not decode

@@ -1,50 +1,66 @@
 """The whole network, from token ids to logits, and its functional face: plain dicts of parameters in, logits out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from math import prod
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 import arch.channel_mixers
+import arch.embeddings
 import arch.heads
 import arch.mixers
+import arch.moe
 import arch.norms
 import arch.positions
 import arch.topologies  # noqa: F401  importing these fills the registries
+from arch.auxiliary import take_losses
 from arch.errors import ConfigError
 from arch.layers import Dropout
-from arch.registry import HEADS, POSITIONS, TOPOLOGIES, Choice
-from arch.schema import Rate
-from arch.spec import InputSpec
+from arch.registry import EMBEDDINGS, HEADS, POSITIONS, TOPOLOGIES, Choice
+from arch.schema import Rate, names_of
+from arch.spec import Spec
 
+TOKENS = MappingProxyType({"name": "tokens"})
 Params = dict[str, Any]  # nested dicts of arrays; the path of a leaf reads "topology/blocks/0/mixer/qkv/kernel"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options:
     """What every model has beside its topology's own options."""
 
-    positions: Annotated[Mapping, Choice((POSITIONS,))]
-    head: Annotated[Mapping, Choice((HEADS,))]
-    dropout: Rate = 0.0  # after the embedding, after every mixer and inside channel mixers
-    causal: bool = False  # no token sees a later one
+    def __init__(
+        self,
+        *,
+        embedding: Annotated[Mapping, Choice((EMBEDDINGS,))] = TOKENS,
+        positions: Annotated[Mapping, Choice((POSITIONS,))],
+        head: Annotated[Mapping, Choice((HEADS,))],
+        dropout: Rate = 0.0,  # after the embedding, after every mixer and inside channel mixers
+        causal: bool = False,  # no token sees a later one
+    ):
+        self.embedding, self.positions, self.head = embedding, positions, head
+        self.dropout, self.causal = dropout, causal
 
 
 class Model(nnx.Module):
-    """Embedding (N(0, 1) at first), positions, dropout, topology, head. `config` is the section `model`."""
+    """Embedding, positions, dropout, topology, head. `config` is the section `model`."""
 
-    def __init__(self, config: Mapping[str, Any], spec: InputSpec, *, remat: str = "none", rngs: nnx.Rngs):
-        shared = {field.name: config[field.name] for field in fields(Options) if field.name in config}
+    def __init__(self, config: Mapping[str, Any], spec: Spec, *, remat: str = "none", rngs: nnx.Rngs):
+        shared = {name: config[name] for name in names_of(Options) if name in config}
         options = Options(**shared)
         body = {key: value for key, value in config.items() if key not in shared}
-        width = config["width"]
+        width, out_width = widths(config)
         head = HEADS[options.head["name"]]
         if head.causal is not None and head.causal != options.causal:
             raise ConfigError("causal", f"the head {options.head['name']} needs causal={head.causal}")
+        self.pair = spec.pair
+        if getattr(head, "pairs", False) != self.pair:
+            what = "two inputs an example" if self.pair else "one input an example"
+            names = [name for name in HEADS.names() if getattr(HEADS[name], "pairs", False) == self.pair]
+            raise ConfigError("head.name", f"the task gives {what}; choose {' or '.join(names)}")
         self.with_cls = (
             options.head.get("pooling", "cls" if "pooling" in HEADS.options(options.head["name"]) else None) == "cls"
         )
@@ -52,10 +68,18 @@ class Model(nnx.Module):
             raise ConfigError(
                 "head.pooling", "a CLS token stands first and sees nothing in a causal model; use last or mean"
             )
-        length = spec.length + self.with_cls
-        self.embed = nnx.Embed(spec.vocab_size, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
+        self.embed = EMBEDDINGS.build(options.embedding, path="embedding", spec=spec, width=width, rngs=rngs)
+        grid: tuple[int, ...] = self.embed.grid
+        if len(grid) > 1 and self.with_cls:
+            raise ConfigError("head.pooling", "a CLS token stands in a sequence; use mean, or set embedding.flatten")
+        if len(grid) > 1 and options.causal:
+            raise ConfigError("causal", "a grid has no order; set embedding.flatten to read it row by row")
+        grid = (grid[0] + self.with_cls, *grid[1:])
+        length = prod(grid)
         self.cls = nnx.Param(jnp.zeros((width,))) if self.with_cls else None
         self.positions = POSITIONS.build(options.positions, path="positions", width=width, max_length=length, rngs=rngs)
+        if self.positions.rotary and len(grid) > 1:
+            raise ConfigError("positions.name", "rotary counts along a sequence; set embedding.flatten or use learned")
         self.dropout = Dropout(options.dropout, rngs=rngs)
         self.topology = TOPOLOGIES.build(
             body,
@@ -64,35 +88,46 @@ class Model(nnx.Module):
             dropout=options.dropout,
             rotary=self.positions if self.positions.rotary else None,
             max_length=length,
+            grid=grid,
             remat=remat,
             rngs=rngs,
         )
-        self.head = HEADS.build(options.head, path="head", width=width, num_classes=spec.num_classes, rngs=rngs)
+        if self.with_cls and not getattr(self.topology, "keeps_tokens", True):
+            raise ConfigError("head.pooling", "the topology gives out other tokens than it takes, so no CLS; use mean")
+        self.head = HEADS.build(options.head, path="head", width=out_width, num_classes=spec.num_classes, rngs=rngs)
 
     def __call__(
         self,
-        inputs: Int[Array, "B T"],
-        keep: Bool[Array, "B T"] | None = None,
+        inputs: Shaped[Array, "B ..."],
+        keep: Bool[Array, "B ..."] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B *T C"]:
-        """Logits, float32: [B C] of a classifier, [B T C] of a language model. keep None: inputs != 0."""
-        keep = inputs != 0 if keep is None else keep
+        """Logits, float32: [B C] of a classifier, [B T C] of a language model. keep None: inputs != 0 of token ids."""
+        if keep is None and jnp.issubdtype(inputs.dtype, jnp.integer):
+            keep = inputs != 0
+        if self.pair:  # the two inputs of an example are rows of their own
+            inputs = inputs.reshape(-1, *inputs.shape[2:])
+            keep = None if keep is None else keep.reshape(-1, *keep.shape[2:])
         with jax.named_scope("embed"):
-            x = self._embed(inputs)
+            x = self.embed(inputs)
         if self.cls is not None:
             if segment_ids is not None:
                 raise ConfigError("head.pooling", "packed sequences share one CLS token; use a language model head")
             x = jnp.concatenate([jnp.broadcast_to(self.cls[...], (x.shape[0], 1, x.shape[2])), x], axis=1)
-            keep = jnp.pad(keep, [(0, 0), (1, 0)], constant_values=True)
+            keep = None if keep is None else jnp.pad(keep, [(0, 0), (1, 0)], constant_values=True)
         with jax.named_scope("positions"):
-            x = self.positions(x)
+            x = self.positions(x.reshape(x.shape[0], -1, x.shape[-1])).reshape(x.shape)  # places in row-major order
         with jax.named_scope("topology"):
             x = self.topology(self.dropout(x), keep=keep, segment_ids=segment_ids)
+        if keep is not None and hasattr(self.topology, "kept"):
+            keep = self.topology.kept(keep)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        if keep is None:
+            keep = jnp.ones(x.shape[:2], bool)
+        if self.pair:
+            x, keep = (a.reshape(-1, 2, *a.shape[1:]) for a in (x, keep))
         with jax.named_scope("head"):
             return self.head(x, keep)
-
-    def _embed(self, inputs: Int[Array, "*A"]) -> Float[Array, "*A D"]:
-        return jnp.take(self.embed.embedding[...], inputs, axis=0)  # nnx.Embed would widen bf16 to float32
 
     def init_state(self, batch: int, max_length: int) -> dict[str, Any]:
         """The decode state before the first token; causal language models only."""
@@ -102,7 +137,7 @@ class Model(nnx.Module):
 
     def step(self, inputs: Int[Array, " B"], state: dict[str, Any]) -> tuple[Float[Array, "B C"], dict[str, Any]]:
         """Logits of the token after `inputs`, and the state that includes it."""
-        x = self.positions(self._embed(inputs)[:, None], state["length"])[:, 0]
+        x = self.positions(self.embed(inputs)[:, None], state["length"])[:, 0]
         x, after = self.topology.step(x, state["topology"])
         logits = self.head(x[:, None], jnp.ones((x.shape[0], 1), bool))[:, 0]
         return logits, {"length": state["length"] + 1, "topology": after}
@@ -111,7 +146,7 @@ class Model(nnx.Module):
 class Functional:
     """A model as pure functions over plain nested dicts of arrays."""
 
-    def __init__(self, config: Mapping[str, Any], spec: InputSpec, *, remat: str = "none"):
+    def __init__(self, config: Mapping[str, Any], spec: Spec, *, remat: str = "none"):
         self.config, self.spec, self.remat = config, spec, remat
         model = nnx.eval_shape(lambda: self._make(jax.random.key(0)))
         self._training = self._split(model)
@@ -142,7 +177,7 @@ class Functional:
         leaves, tree = jax.tree.flatten(random)
         base = jax.random.key(0) if key is None else key
         filled = [
-            jax.random.fold_in(base, i)
+            _keys(jax.random.fold_in(base, i), leaf.shape)
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
             else jnp.zeros(leaf.shape, leaf.dtype)
             for i, leaf in enumerate(leaves)
@@ -152,15 +187,38 @@ class Functional:
     def apply(
         self,
         params: Params,
-        inputs: Int[Array, "B T"],
-        keep: Bool[Array, "B T"] | None = None,
+        inputs: Shaped[Array, "B ..."],
+        keep: Bool[Array, "B ..."] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "B *T C"]:
         """Logits in float32; computes in the dtype of the parameters. key None: deterministic."""
-        return self.module(params, key)(inputs, keep)
+        return self.apply_with_losses(params, inputs, keep, key)[0]
+
+    def apply_with_losses(
+        self,
+        params: Params,
+        inputs: Shaped[Array, "B ..."],
+        keep: Bool[Array, "B ..."] | None = None,
+        key: Array | None = None,
+    ) -> tuple[Float[Array, "B *T C"], Float[Array, ""]]:
+        """Logits, and the sum of the losses that layers add to the task's (arch.auxiliary)."""
+        model = self.module(params, key)
+        logits = model(inputs, keep)
+        return logits, take_losses(model)
 
 
-def functional(config: Mapping[str, Any], spec: InputSpec, *, remat: str = "none") -> Functional:
+def _keys(key: Array, shape: tuple[int, ...]) -> Array:
+    """A key, or one for each of the layers that are stacked on leading axes."""
+    return jax.random.split(key, shape) if shape else key
+
+
+def widths(config: Mapping[str, Any]) -> tuple[int, int]:
+    """The widths that a topology takes in and gives out, from the section `model`."""
+    named = getattr(TOPOLOGIES[config["topology"]], "widths", None)
+    return (config["width"], config["width"]) if named is None else named(config)
+
+
+def functional(config: Mapping[str, Any], spec: Spec, *, remat: str = "none") -> Functional:
     """The model of a config's section `model`, for a task's inputs."""
     return Functional(config, spec, remat=remat)
 

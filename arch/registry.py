@@ -1,6 +1,8 @@
 """Names to constructors: the tables a config chooses from, and the checked subtrees that choose."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -55,16 +57,35 @@ class Registry:
         takes = schema.names_of(constructor)
         given = {name: value for name, value in provided.items() if name in takes}
         with within(path):
-            return constructor(**{k: v for k, v in entry.items() if k != key}, **given)
+            made = constructor(**{k: v for k, v in entry.items() if k != key}, **given)
+        if (see := _WATCHER.get()) is not None:
+            see(self, path, entry[key], entry, made)
+        return made
 
 
-MIXERS = Registry("mixer", provided=("width", "causal", "rotary", "max_length", "rngs"))
+Seen = Callable[[Registry, str, str, Mapping[str, Any], Any], None]
+_WATCHER: ContextVar[Seen | None] = ContextVar("watcher", default=None)
+
+
+@contextlib.contextmanager
+def watched(see: Seen) -> Iterator[None]:
+    """Within, see(registry, path, name, entry, component) is told of every component that is built; for diagrams."""
+    token = _WATCHER.set(see)
+    try:
+        yield
+    finally:
+        _WATCHER.reset(token)
+
+
+MIXERS = Registry("mixer", provided=("width", "causal", "rotary", "causal_chunk", "max_length", "rngs"))
 CHANNEL_MIXERS = Registry("channel mixer", provided=("width", "dropout", "rngs"))
 NORMS = Registry("norm", provided=("width", "rngs"))
 POSITIONS = Registry("position encoding", provided=("width", "max_length", "rngs"))
-TOPOLOGIES = Registry("topology", provided=("causal", "dropout", "rotary", "max_length", "remat", "rngs"))
+EMBEDDINGS = Registry("embedding", provided=("spec", "width", "rngs"))
+TOPOLOGIES = Registry("topology", provided=("causal", "dropout", "rotary", "max_length", "grid", "remat", "rngs"))
 HEADS = Registry("head", provided=("width", "num_classes", "rngs"))
 TASKS = Registry("task")
+OBJECTIVES = Registry("objective", provided=("smoothing", "conditional"))
 OPTIMIZERS = Registry("optimizer", provided=("learning_rate",))
 SCHEDULES = Registry("schedule", provided=("lr", "steps"))
 

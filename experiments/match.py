@@ -11,12 +11,12 @@ from typing import Any
 
 from arch import accounting
 from arch.errors import ConfigError, unknown
-from arch.spec import InputSpec
+from arch.spec import Spec
 
 TOLERANCE = 0.01
 LARGEST = 1 << 16  # no width beyond this is tried
 SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
-BUDGETS: Mapping[str, Callable[[Mapping[str, Any], InputSpec], float]] = {
+BUDGETS: Mapping[str, Callable[[Mapping[str, Any], Spec], float]] = {
     "params": accounting.count_params,
     "flops": accounting.forward_flops,
 }
@@ -57,7 +57,7 @@ def parse(text: str) -> dict[str, str]:
     return wanted
 
 
-def match(model: Mapping[str, Any], spec: InputSpec, *, layers: int | None = None, **budget: float) -> Match:
+def match(model: Mapping[str, Any], spec: Spec, *, layers: int | None = None, **budget: float) -> Match:
     """The model at `layers` layers whose params or flops are within 1 % of the budget; without one, of its own."""
     name, target = next(iter(budget.items()), ("params", 0.0))
     cost = BUDGETS[name]

@@ -15,6 +15,7 @@ import experiments.data  # noqa: F401  registers the tasks
 from arch import model
 from arch.errors import within
 from arch.registry import TASKS
+from arch.spec import InputSpec
 from experiments import config as configs
 from experiments import optim, sharding, step
 from experiments.data import pipeline
@@ -41,9 +42,11 @@ class Program:
                 self.functional = model.functional(config["model"], self.task.spec, remat=train["remat"])
             params = self.functional.abstract()
             specs = sharding.parameter_specs(params, config["sharding"], self.mesh)
-            shape = {"length": self.task.spec.length, "mesh": self.mesh}
-            sharding.check_batch(batch_size=self.batch_size, accumulate=self.optimizer.accumulate, **shape)
-            sharding.check_batch(batch_size=self.eval_batch_size, field="train.eval_batch_size", **shape)
+            spec = self.task.spec
+            length = spec.length if isinstance(spec, InputSpec) else None
+            check = functools.partial(sharding.check_batch, self.mesh, length=length)
+            check(batch_size=self.batch_size, accumulate=self.optimizer.accumulate)
+            check(batch_size=self.eval_batch_size, field="train.eval_batch_size")
         self._init = functools.partial(
             step.init_state,
             init=self.functional.init,
@@ -62,9 +65,11 @@ class Program:
         self.batch_shardings = sharding.batch_shardings(self._batch(self.batch_size), self.mesh)
 
     def _batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        tokens = (size, self.task.spec.length)
-        label = tokens if self.task.token_labels else (size,)
-        shapes = {"inputs": (tokens, "int32"), "keep": (tokens, "bool"), "label": (label, "int32")}
+        spec = self.task.spec
+        inputs = (size, *spec.shape)
+        shapes = {"inputs": (inputs, spec.dtype), "label": (inputs if self.task.token_labels else (size,), "int32")}
+        if isinstance(spec, InputSpec):
+            shapes["keep"] = (inputs, "bool")
         shapes["weight"] = ((size,), "float32")
         return {name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
 
@@ -78,7 +83,7 @@ class Program:
         """Compiled: (state, batch) -> (state, METRICS), the state donated."""
         train_step = functools.partial(
             step.train_step,
-            apply=self.functional.apply,
+            apply=self.functional.apply_with_losses,
             optimizer=self.optimizer,
             dtype=DTYPES[self.config["train"]["precision"]],
             smoothing=self.config["train"]["label_smoothing"],

@@ -1,8 +1,9 @@
 """Where every array lives: one mesh, and rules from parameter paths to mesh axes.
 
 A rule is (path regex, axes): the first whose regex is found in a parameter's path, such as
-"topology/blocks/0/mixer/qkv/kernel", gives the mesh axes of its dimensions; dimensions left out are replicated. A path
-without a rule, a rule that decides nothing, and a dimension that does not divide are errors. Everything that follows a
+"topology/blocks/0/mixer/qkv/kernel", gives the mesh axes of its dimensions; dimensions left out are replicated. Axes
+that start with "..." are those of the last dimensions: so one rule serves a kernel [D H] and kernels stacked by layer or
+by expert, [L D H], [E D H], [L E D H]. A path without a rule, a rule that decides nothing, and a dimension that does not divide are errors. Everything that follows a
 parameter (optimiser moments, averaged parameters) has the parameter's path as the end of its own, and its sharding.
 """
 
@@ -21,14 +22,15 @@ from arch.errors import ConfigError
 log = logging.getLogger("archloom")
 
 AXES = ("data", "fsdp", "tensor", "sequence")
+LAST = ("...",)  # in front of axes: they are those of the last dimensions
 Rules = Sequence[tuple[str, Sequence[str | Sequence[str] | None]]]
 
 # Column parallel into a block, row parallel out of it: one sum over `tensor` a block, on its way out. `fsdp`
 # takes the other dimension. They are for every model, so a dimension that does not divide stays whole, with a warning.
 DEFAULT_RULES: Rules = (
     (r"^head/", ()),
-    (r"(^|/)(qkv|q|k|v|query|key|value|up|gate|in)/kernel$", ("fsdp", "tensor")),
-    (r"(^|/)(out|down)/kernel$", ("tensor", "fsdp")),
+    (r"(^|/)(qkv|q|k|v|query|key|value|up|gate|in)/kernel$", ("...", "fsdp", "tensor")),
+    (r"(^|/)(out|down)/kernel$", ("...", "tensor", "fsdp")),
     (r"(^|/)(embed|embedding|tokens)(/|$)", ("tensor", "fsdp")),
     (r"", ()),
 )
@@ -73,7 +75,10 @@ def parameter_specs(params: Any, rules: Rules, mesh: Mesh) -> dict[str, P]:
             raise ConfigError("sharding", f"no rule matches {path}; end with ('.*', ()) to replicate what is left")
         used.add(hits[0])
         at = f"sharding.{hits[0]}" if own else None
-        specs[path] = _spec(at, path, leaf.shape, compiled[hits[0]][1], mesh)
+        axes = compiled[hits[0]][1]
+        if axes[:1] == (LAST,):
+            axes = ((),) * (len(leaf.shape) + 1 - len(axes)) + axes[1:]
+        specs[path] = _spec(at, path, leaf.shape, axes, mesh)
     if own and len(used) < len(compiled):
         i = min(set(range(len(compiled))) - used)
         raise ConfigError(
@@ -89,10 +94,12 @@ def _compile(i: int, rule: tuple[str, Any]) -> tuple[re.Pattern[str], tuple[tupl
     except re.error as error:
         raise ConfigError(f"sharding.{i}", f"{pattern!r} is not a regular expression: {error}") from error
     named = tuple(() if a is None else (a,) if isinstance(a, str) else tuple(a) for a in axes)
-    flat = [axis for entry in named for axis in entry]
+    flat = [axis for entry in named[named[:1] == (LAST,) :] for axis in entry]
     for axis in flat:
         if axis not in AXES:
-            raise ConfigError(f"sharding.{i}", f"{axis!r} is not a mesh axis; they are {', '.join(AXES)}")
+            raise ConfigError(
+                f"sharding.{i}", f"{axis!r} is not a mesh axis; they are {', '.join(AXES)}, and '...' may stand first"
+            )
         if flat.count(axis) > 1:
             raise ConfigError(f"sharding.{i}", f"{axis!r} is used twice; a mesh axis splits one dimension")
     return regex, named
@@ -134,17 +141,24 @@ def state_shardings(state: Any, specs: Mapping[str, P], mesh: Mesh) -> Any:
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
-    """Examples over data and fsdp, tokens over sequence."""
-    return jax.tree.map(lambda x: NamedSharding(mesh, P(*(("data", "fsdp"), "sequence")[: x.ndim])), batch)
+    """Examples over data and fsdp, tokens over sequence; of a pair's [B 2 T] and of images nothing but the examples."""
+
+    def of(x: Any) -> NamedSharding:
+        axes = (("data", "fsdp"), "sequence")[: x.ndim] if x.ndim <= 2 else (("data", "fsdp"),)
+        return NamedSharding(mesh, P(*axes))
+
+    return jax.tree.map(of, batch)
 
 
 def check_batch(
-    mesh: Mesh, *, batch_size: int, length: int, accumulate: int = 1, field: str = "train.batch_size"
+    mesh: Mesh, *, batch_size: int, length: int | None, accumulate: int = 1, field: str = "train.batch_size"
 ) -> None:
     """Refuses a batch that the mesh does not divide."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (ways * accumulate):
         parts = f"data x fsdp = {ways} devices" + (f" x {accumulate} microbatches" if accumulate > 1 else "")
         raise ConfigError(field, f"{batch_size} does not divide over {parts}; use a multiple of {ways * accumulate}")
-    if length % mesh.shape["sequence"]:
+    if length is None and mesh.shape["sequence"] > 1:
+        raise ConfigError("mesh.sequence", "images are not split over devices; use 1")
+    if length is not None and length % mesh.shape["sequence"]:
         raise ConfigError("mesh.sequence", f"{mesh.shape['sequence']} does not divide the length {length}")

@@ -2,7 +2,8 @@
 
     state  {"step", "batch": int32, "rng": key data, "params", "opt", "ema" (if averaged), "halted" (unless skipping)}
            step counts updates; batch is the next one's place in the data order, the same unless a run was rolled back
-    batch  {"inputs": int32[B T], "keep": bool[B T], "label": int32[B] or [B T], "weight": float32[B]}
+    batch  {"inputs": int32[B T] or [B 2 T], "keep": bool, "label": int32[B] or [B T], "weight": float32[B]};
+           images are "inputs": float32[B H W C] without "keep"
 
 A classifier's logits [B C] are scored against the label. A language model's [B T C] are scored token by token: against
 the label of the same token where the task gives one a token (-1: not scored), else against the next token.
@@ -20,7 +21,7 @@ from experiments import optim
 
 State = dict[str, Any]
 Batch = Mapping[str, Any]
-Apply = Callable[..., jax.Array]  # (params, inputs, keep, key=None) -> logits
+Apply = Callable[..., Any]  # (params, inputs, keep, key=None) -> logits; in training (logits, losses of the layers)
 
 METRICS = ("loss", "accuracy", "grad_norm", "learning_rate", "ok")  # the vector a train step returns
 SUMS = ("loss", "correct", "weight")  # the vector of an evaluation step
@@ -92,8 +93,9 @@ def train_step(
     key = jax.random.fold_in(key, state["step"])  # the step alone decides
 
     def loss_fn(params: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        loss, correct, weight = score(apply(cast(params, dtype), rows["inputs"], rows["keep"], key), rows, smoothing)
-        return loss, (loss, correct, weight)
+        logits, more = apply(cast(params, dtype), rows["inputs"], rows.get("keep"), key)
+        loss, correct, weight = score(logits, rows, smoothing)
+        return loss + weight * more, (loss, correct, weight)
 
     gradient = jax.grad(loss_fn, has_aux=True)
     grads, sums = _accumulated(gradient, state["params"], batch, key, optimizer.accumulate)
@@ -142,4 +144,4 @@ def _accumulated(
 
 def eval_step(params: Any, batch: Batch, *, apply: Apply, dtype: Any = jnp.float32) -> jax.Array:
     """SUMS over one batch, deterministic and without label smoothing."""
-    return jnp.stack(score(apply(cast(params, dtype), batch["inputs"], batch["keep"]), batch))
+    return jnp.stack(score(apply(cast(params, dtype), batch["inputs"], batch.get("keep")), batch))

@@ -1,5 +1,6 @@
 """Softmax attention token mixer. Source: Vaswani et al. 2017, arXiv:1706.03762."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -39,13 +40,14 @@ class Softmax(nnx.Module):
         bias: bool = False,
         implementation: str | None = None,  # a name known to the op `attention`
         rotary: Rotary | None = None,
+        causal_chunk: int | None = None,  # of a causal mixer: see arch/mixers/contract.py
         rngs: nnx.Rngs,
     ):
         self.head_dim = head_width(width, num_heads, head_dim)
         self.heads, self.groups = num_heads, num_heads if kv_heads is None else kv_heads
         if self.heads % self.groups:
             raise ConfigError("kv_heads", f"{self.groups} does not divide num_heads {num_heads}")
-        self.causal, self.rotary = causal, rotary
+        self.causal, self.rotary, self.chunk = causal, rotary, causal_chunk
         self.implementation = known_implementation(implementation, IMPLEMENTATIONS)
         self.qkv = dense(width, (self.heads + 2 * self.groups) * self.head_dim, bias=bias, rngs=rngs)
         self.out = dense(self.heads * self.head_dim, width, bias=bias, rngs=rngs)
@@ -66,7 +68,12 @@ class Softmax(nnx.Module):
         """Mixes along T. keep is False on padding, which nothing then attends to."""
         q, k, v = self._project(x, 0)
         y = attention(
-            q, k, v, causal=self.causal, keep=keep, segment_ids=segment_ids, implementation=self.implementation
+            *(q, k, v),
+            causal=self.causal and self.chunk is None,
+            block_mask=None if self.chunk is None else np.tri(x.shape[1] // self.chunk, dtype=bool),
+            keep=keep,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
         )
         return self.out(join_heads(y))
 
@@ -74,6 +81,8 @@ class Softmax(nnx.Module):
         """The matrix that multiplies the values, each row a sum of one. Quadratic: to look at, and to distil from."""
         q, k, _ = self._project(x, 0)
         visible = np.tri(x.shape[1], dtype=bool) if self.causal else np.ones((x.shape[1], x.shape[1]), bool)
+        if self.chunk is not None:
+            visible = np.tri(x.shape[1] // self.chunk, dtype=bool).repeat(self.chunk, 0).repeat(self.chunk, 1)
         return masked_weights(q, k, visible[None], keep)
 
     def init_state(self, batch: int, max_length: int) -> State:
@@ -82,10 +91,19 @@ class Softmax(nnx.Module):
 
     def step(self, x: Float[Array, "B D"], state: State) -> tuple[Float[Array, "B D"], State]:
         """One more token. Past max_length the last place of the cache is written over: do not go there."""
-        length = state["length"]
-        q, k, v = self._project(x[:, None], length)
-        keys = jnp.asarray(state["k"]).at[:, length].set(k[:, 0].astype(state["k"].dtype))
-        values = jnp.asarray(state["v"]).at[:, length].set(v[:, 0].astype(state["v"].dtype))
-        seen = jnp.broadcast_to(jnp.arange(keys.shape[1]) <= length, keys.shape[:2])
+        if self.chunk is not None:
+            raise ConfigError("causal_chunk", "the tokens of a chunk see each other, so they come together: use extend")
+        y, state = self.extend(x[:, None], state)
+        return y[:, 0], state
+
+    def extend(self, x: Float[Array, "B C D"], state: State) -> tuple[Float[Array, "B C D"], State]:
+        """One more chunk, whose tokens see each other and all before."""
+        length, size = state["length"], x.shape[1]
+        q, k, v = self._project(x, length)
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(state[name], new.astype(state[name].dtype), length, axis=1)
+            for name, new in (("k", k), ("v", v))
+        )
+        seen = jnp.broadcast_to(jnp.arange(keys.shape[1]) < length + size, keys.shape[:2])
         y = attention(q, keys, values, causal=False, keep=seen, implementation=self.implementation)
-        return self.out(join_heads(y))[:, 0], {"k": keys, "v": values, "length": length + 1}
+        return self.out(join_heads(y)), {"k": keys, "v": values, "length": length + size}

@@ -1,5 +1,7 @@
-"""Topologies, one a file; importing this package fills TOPOLOGIES."""
+"""Topologies, one a file; importing this package imports them all, which fills TOPOLOGIES."""
 
-from arch.topologies import metaformer
+import importlib
+import pkgutil
 
-__all__ = ["metaformer"]
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -3,28 +3,30 @@
 Source: Yu et al. 2022, arXiv:2111.11418.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from arch.errors import ConfigError, join, unknown
-from arch.mixers.contract import State
+from arch.errors import ConfigError
 from arch.positions import Rotary
-from arch.registry import CHANNEL_MIXERS, MIXERS, NORMS, TOPOLOGIES, Choice, Named
-from arch.schema import Positive, names_of
-from arch.topologies.block import Block, Placement, run_block
+from arch.registry import CHANNEL_MIXERS, MIXERS, TOPOLOGIES
+from arch.schema import Positive, PositiveFloat, Rate
+from arch.topologies.block import Placement
+from arch.topologies.parts import NormSection, Parts, PartSections
+from arch.topologies.stack import Stack
 
 
 @TOPOLOGIES.register("metaformer")
-class MetaFormer(nnx.Module):
+class MetaFormer(Stack):
     """`depth` residual blocks of one width. Layer i holds the token mixer parts[layers[i mod len(layers)]].
 
     layers is a pattern repeated over depth; layer_overrides then replaces single layers, ((index, part), ...), negative
-    indices counting from the last. channel names the channel mixer of every layer, None for mixers that need none.
-    With norm_placement "pre" a last norm follows the blocks.
+    indices counting from the last. channel names the channel mixer of every layer, or a pattern of them repeated over
+    depth; None for mixers that need none. With norm_placement "pre" a last norm follows the blocks.
+
+    parallel, layer_scale and drop_path are those of the block, drop_path growing linearly from 0 in the first layer;
+    loops and scan those of the stack: the row of blocks run several times, and its repeated layers as one loop.
     """
 
     def __init__(
@@ -34,10 +36,15 @@ class MetaFormer(nnx.Module):
         depth: Positive,
         layers: tuple[str, ...],
         layer_overrides: tuple[tuple[int, str], ...] = (),
-        channel: str | None = "mlp",
-        parts: Annotated[Mapping, Named(Choice((MIXERS, CHANNEL_MIXERS), key="kind"))],
-        norm: Annotated[Mapping, Choice((NORMS,))],
+        channel: str | tuple[str | None, ...] | None = "mlp",
+        parts: PartSections,
+        norm: NormSection,
         norm_placement: Placement = "pre",
+        parallel: bool = False,  # mixer and channel mixer side by side
+        layer_scale: PositiveFloat | None = None,  # what the learnt factors of the branches start from
+        drop_path: Rate = 0.0,  # of the last layer's branches, left out for an example
+        loops: Positive = 1,
+        scan: bool = False,
         dropout: float = 0.0,
         causal: bool = False,
         rotary: Rotary | None = None,
@@ -45,53 +52,34 @@ class MetaFormer(nnx.Module):
         remat: str = "none",
         rngs: nnx.Rngs,
     ):
-        self.width, self.remat = width, remat
+        self.width = width
+        made = Parts(parts, norm=norm, placement=norm_placement, dropout=dropout, parallel=parallel, rngs=rngs)
         self.parts_of_layers = pattern(layers, layer_overrides, depth)
-        if channel is not None:
-            _part(parts, "channel", channel, CHANNEL_MIXERS)
         for i, name in enumerate(self.parts_of_layers):
             field = "layers" if i >= len(layers) or layers[i] == name else "layer_overrides"
-            _part(parts, field, name, MIXERS)
-        kinds = {name: parts[name]["kind"] for name in self.parts_of_layers}
-        for name, kind in kinds.items():
-            mode = "causal" if causal else "bidirectional"
-            if mode not in MIXERS[kind].modes:
-                remedy = (
-                    "set causal=False"
-                    if causal
-                    else 'wrap it, {"kind": "bidirectional", "mixer": {...}}, or set causal'
-                )
-                raise ConfigError(f"parts.{name}.kind", f"{kind} has no {mode} form; choose another mixer, {remedy}")
-        if rotary is not None and not any("rotary" in names_of(MIXERS[kind]) for kind in kinds.values()):
-            raise ConfigError(
-                "positions.name",
-                f"rotary needs a mixer that turns queries and keys; {', '.join(kinds.values())} do not",
-            )
-
-        def make_norm() -> nnx.Module:
-            return NORMS.build(norm, path="norm", width=width, rngs=rngs)
-
-        def make_channel() -> Any | None:
-            if channel is None:
-                return None
-            path = f"parts.{channel}"
-            return CHANNEL_MIXERS.build(parts[channel], path=path, key="kind", width=width, dropout=dropout, rngs=rngs)
-
-        def make_block(name: str) -> Block:
-            mixer = MIXERS.build(
-                parts[name],
-                path=f"parts.{name}",
-                key="kind",
-                width=width,
-                causal=causal,
-                rotary=rotary,
-                max_length=max_length,
-                rngs=rngs,
-            )
-            return Block(mixer, make_channel(), make_norm, placement=norm_placement, dropout=dropout, rngs=rngs)
-
-        self.blocks = nnx.List([make_block(name) for name in self.parts_of_layers])
-        self.norm = make_norm() if norm_placement == "pre" else None
+            made.require(field, name, MIXERS)
+        channels = channel_pattern(channel, depth)
+        for each in channels:
+            if each is not None:
+                made.require("channel", each, CHANNEL_MIXERS)
+        if parallel and (norm_placement == "post" or None in channels):
+            raise ConfigError("parallel", "needs norm_placement pre and a channel mixer in every layer")
+        if rotary is not None:
+            made.require_rotary(self.parts_of_layers)
+        super().__init__(
+            made,
+            list(zip(self.parts_of_layers, channels)),
+            width=width,
+            causal=causal,
+            max_length=max_length,
+            rotary=rotary,
+            drop_path=linear_rates(drop_path, depth),
+            layer_scale=layer_scale,
+            remat=remat,
+            scan=scan,
+            loops=loops,
+        )
+        self.norm = made.norm(width) if norm_placement == "pre" else None
 
     def __call__(
         self,
@@ -100,20 +88,12 @@ class MetaFormer(nnx.Module):
         keep: Bool[Array, "B *A"] | None = None,
         segment_ids: Int[Array, "B *A"] | None = None,
     ) -> Float[Array, "B *A D"]:
-        for i, block in enumerate(self.blocks):
-            with jax.named_scope(f"blocks/{i}"):  # the parameters' path, for profiles and the cost table
-                x = run_block(block, x, self.remat, keep=keep, segment_ids=segment_ids)
+        x = super().__call__(x, keep=keep, segment_ids=segment_ids)
         return x if self.norm is None else self.norm(x)
 
-    def init_state(self, batch: int, max_length: int) -> list[State]:
-        return [block.init_state(batch, max_length) for block in self.blocks]
-
-    def step(self, x: Float[Array, "B D"], states: list[State]) -> tuple[Float[Array, "B D"], list[State]]:
-        after = []
-        for block, state in zip(self.blocks, states):
-            x, state = block.step(x, state)
-            after.append(state)
-        return (x if self.norm is None else self.norm(x)), after
+    def step(self, x: Float[Array, "B D"], states: list[Any]) -> tuple[Float[Array, "B D"], list[Any]]:
+        x, states = super().step(x, states)
+        return (x if self.norm is None else self.norm(x)), states
 
 
 def pattern(layers: tuple[str, ...], overrides: tuple[tuple[int, str], ...], depth: int) -> list[str]:
@@ -128,11 +108,14 @@ def pattern(layers: tuple[str, ...], overrides: tuple[tuple[int, str], ...], dep
     return names
 
 
-def _part(parts: Mapping[str, Any], field: str, name: str, registry: Any) -> None:
-    if name not in parts:
-        raise unknown(field, name, parts, "part")
-    kind = parts[name]["kind"]
-    if kind not in registry:
-        raise ConfigError(
-            field, f"part {name!r} is of kind {kind!r}, which is no {registry.what}; see {join('parts', name)}"
-        )
+def channel_pattern(channel: str | tuple[str | None, ...] | None, depth: int) -> list[str | None]:
+    """The channel mixer of each of `depth` layers; a name alone stands for all of them."""
+    names = channel if isinstance(channel, tuple) else (channel,)
+    if not 1 <= len(names) <= depth:
+        raise ConfigError("channel", f"a pattern of {len(names)} parts does not fit depth {depth}; give 1 to {depth}")
+    return [names[i % len(names)] for i in range(depth)]
+
+
+def linear_rates(last: float, depth: int) -> list[float]:
+    """Stochastic depth: 0 in the first of `depth` layers, `last` in the last, a straight line between."""
+    return [last * i / max(depth - 1, 1) for i in range(depth)] if last else []

@@ -17,10 +17,15 @@ class Batch(TypedDict):
 
 
 def make_batch(inputs: np.ndarray, label: np.ndarray, weight: np.ndarray) -> Batch:
-    rest = {"label": label.astype(np.int32), "weight": weight.astype(np.float32)}
-    if np.issubdtype(inputs.dtype, np.floating):
-        return {"inputs": inputs.astype(np.float32), **rest}
-    return {"inputs": inputs.astype(np.int32), "keep": inputs != 0, **rest}
+    tokens = np.issubdtype(inputs.dtype, np.integer)
+    batch: Batch = {
+        "inputs": inputs.astype(np.int32 if tokens else np.float32),
+        "label": label.astype(np.int32),
+        "weight": weight.astype(np.float32),
+    }
+    if tokens:
+        batch["keep"] = inputs != 0
+    return batch
 
 
 def train_batches(

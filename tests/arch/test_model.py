@@ -110,7 +110,7 @@ def test_bf16_stays_bf16(params, inputs):
     """No layer widens activations: every block's output has the dtype of the parameters."""
     cast = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
     model = functional(MODEL, SPEC).module(cast)
-    x = model.positions(model._embed(inputs))
+    x = model.positions(model.embed(inputs))
     assert x.dtype == jnp.bfloat16
     for block in model.topology.blocks:
         x = block(x, keep=inputs != 0)

@@ -1,0 +1,215 @@
+"""A run of residual blocks of one width: what every topology is made of."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from arch.auxiliary import add_loss, take_losses
+from arch.errors import ConfigError
+from arch.mixers.contract import State
+from arch.positions import Rotary
+from arch.registry import CHANNEL_MIXERS, MIXERS
+from arch.topologies.block import Block
+from arch.topologies.parts import Parts
+
+Layer = tuple[str, str | None]  # the names of a token mixer and a channel mixer
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,  # keeps the products with weights
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+TURN = 1 << 10  # random counts apart from one turn of a loop to the next
+
+
+class Stack(nnx.Module):
+    """Blocks in a row, layers[i] naming the parts of block i; no norm behind them.
+
+    loops runs the row so many times with the same weights (Dehghani et al. 2018, arXiv:1807.03819, without its time
+    embedding and halting). scan stacks the parameters of layers that repeat on a leading axis and runs each such run
+    as one loop, so that compile time does not grow with depth; what does not repeat stays as it is.
+    drop_path is the rate of each block, () for none.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        layers: Sequence[Layer],
+        *,
+        width: int,
+        causal: bool,
+        max_length: int,
+        rotary: Rotary | None = None,
+        drop_path: Sequence[float] = (),
+        layer_scale: float | None = None,
+        residual_scale: float | None = None,
+        remat: str = "none",
+        scan: bool = False,
+        loops: int = 1,
+    ):
+        for mixer, channel in layers:
+            parts.require("layers", mixer, MIXERS)
+            if channel is not None:
+                parts.require("channel", channel, CHANNEL_MIXERS)
+        parts.require_modes([mixer for mixer, _ in layers], causal)
+        if scan and any(drop_path):
+            raise ConfigError("drop_path", "its rate grows with depth, and scanned layers are alike; set scan=False")
+        self.remat, self.loops, self.causal = remat, loops, causal
+
+        def make(i: int, rngs: nnx.Rngs | None = None) -> Block:
+            mixer, channel = layers[i]
+            return (parts if rngs is None else parts.with_rngs(rngs)).block(
+                mixer,
+                channel,
+                width=width,
+                causal=causal,
+                max_length=max_length,
+                rotary=rotary,
+                layer_scale=layer_scale,
+                residual_scale=residual_scale,
+                drop_path=drop_path[i] if drop_path else 0.0,
+            )
+
+        if not scan:
+            self.blocks: Any = nnx.List([make(i) for i in range(len(layers))])
+            return
+        runs = repeats(layers)
+        if all(times == 1 for _, _, times in runs):
+            raise ConfigError("scan", "no layer repeats, so there is nothing to scan over; set scan=False")
+        self.blocks = nnx.List([])
+        for start, period, times in runs:
+            if times == 1:
+                self.blocks.append(make(start))
+            else:
+                places = range(start, start + period)
+                self.blocks.append(Repeated(functools.partial(_each, make, places), times, remat, rngs=parts.rngs))
+
+    def __call__(
+        self,
+        x: Float[Array, "B *A D"],
+        *,
+        keep: Bool[Array, "B *A"] | None = None,
+        segment_ids: Int[Array, "B *A"] | None = None,
+    ) -> Float[Array, "B *A D"]:
+        for turn in range(self.loops):
+            for i, block in enumerate(self.blocks):
+                with jax.named_scope(f"blocks/{i}"):  # the parameters' path, for profiles and the cost table
+                    if isinstance(block, Repeated):
+                        x = block(x, turn, keep=keep, segment_ids=segment_ids)
+                    elif self.remat == "none":
+                        x = block(x, keep=keep, segment_ids=segment_ids)
+                    else:
+                        x, loss = run_block(block, x, self.remat, turn, keep=keep, segment_ids=segment_ids)
+                        add_loss(self, loss)
+        return x
+
+    def init_state(self, batch: int, max_length: int) -> list[Any]:
+        """One entry a block and turn; that of repeated blocks has their leading axis."""
+        return [block.init_state(batch, max_length) for _ in range(self.loops) for block in self.blocks]
+
+    def step(self, x: Float[Array, "B *C D"], states: list[Any]) -> tuple[Float[Array, "B *C D"], list[Any]]:
+        after = []
+        for i, state in enumerate(states):
+            x, state = self.blocks[i % len(self.blocks)].step(x, state)
+            after.append(state)
+        return x, after
+
+
+def _each(make: Callable[[int, nnx.Rngs], Block], places: Sequence[int], rngs: nnx.Rngs) -> list[Block]:
+    return [make(i, rngs) for i in places]
+
+
+class Repeated(nnx.Module):
+    """The same blocks `times` over with weights of their own: every parameter has a leading axis of that size."""
+
+    def __init__(self, make: Callable[[nnx.Rngs], list[Block]], times: int, remat: str, *, rngs: nnx.Rngs):
+        self.times, self.remat = times, remat
+        graphs = []
+
+        def one(params: Array, dropout: Array) -> tuple[Any, Any]:
+            blocks = nnx.List(make(nnx.Rngs(params=params, dropout=dropout)))
+            graph, *leaves = nnx.split(blocks, nnx.Param, nnx.RngState)
+            graphs.append(graph)
+            return leaves[0], leaves[1]
+
+        leaves = jax.vmap(one)(*(jax.random.split(key, times) for key in (rngs.params(), rngs.dropout())))
+        self.blocks: Any = nnx.merge(graphs[0], *leaves)
+
+    def __call__(self, x: Float[Array, "B *A D"], turn: int = 0, **masks: Array | None) -> Float[Array, "B *A D"]:
+        graph, params, random = _split(self.blocks, turn)
+
+        def body(x: Array, leaves: Any) -> tuple[Array, Array]:
+            blocks = nnx.merge(graph, *leaves)
+            for i, block in enumerate(blocks):
+                with jax.named_scope(f"blocks/{i}"):
+                    x = block(x, **masks)
+            return x, take_losses(blocks)
+
+        x, losses = jax.lax.scan(_remat(body, self.remat), x, (params, random))
+        add_loss(self, losses.sum())
+        return x
+
+    def init_state(self, batch: int, max_length: int) -> list[State]:
+        one = [block.init_state(batch, max_length) for block in self.blocks]
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.times, *a.shape)), one)
+
+    def step(self, x: Float[Array, "B *C D"], state: list[State]) -> tuple[Float[Array, "B *C D"], list[State]]:
+        graph, *leaves = nnx.split(self.blocks, nnx.Param, nnx.RngState)
+
+        def body(x: Array, given: Any) -> tuple[Array, list[State]]:
+            leaves, states = given
+            after = []
+            for block, state in zip(nnx.merge(graph, *leaves), states):
+                x, state = block.step(x, state)
+                after.append(state)
+            return x, after
+
+        return jax.lax.scan(body, x, (tuple(leaves), state))
+
+
+def run_block(block: Any, x: Array, remat: str, turn: int = 0, **masks: Array | None) -> tuple[Array, Any]:
+    """The block and its losses, its inner values recomputed in the backward pass as `remat` says."""
+    graph, params, random = _split(block, turn)
+
+    def run(leaves: Any, x: Array) -> tuple[Array, Array]:
+        copy = nnx.merge(graph, *leaves)
+        return copy(x, **masks), take_losses(copy)
+
+    return _remat(run, remat)((params, random), x)
+
+
+def _remat(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    policy = REMAT[remat]
+    return function if policy is None else jax.checkpoint(function, policy=policy)
+
+
+def _split(module: Any, turn: int) -> tuple[Any, Any, Any]:
+    """Graph, parameters and random state, whose counts are moved on so that no two turns share random numbers."""
+    states: Any = nnx.split(module, nnx.Param, nnx.RngState)
+    graph, params, random = states
+    random = jax.tree.map(lambda a: a if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a + turn * TURN, random)
+    return graph, params, random
+
+
+def repeats(layers: Sequence[Layer]) -> list[tuple[int, int, int]]:
+    """The layers as runs (start, period, times) in order: layers[start : start + period] stands there `times` times.
+
+    Each run is the longest repetition that starts where the last one ended, of the shortest period.
+    """
+    runs, start = [], 0
+    while start < len(layers):
+        best = (1, 1)
+        for period in range(1, (len(layers) - start) // 2 + 1):
+            times = 1
+            while layers[start : start + period] == layers[start + times * period : start + (times + 1) * period]:
+                times += 1
+            if times > 1 and period * times > best[0] * best[1]:
+                best = (period, times)
+        runs.append((start, *best))
+        start += best[0] * best[1]
+    return runs
