@@ -27,6 +27,8 @@ TRANSCENDENTAL = frozenset(
 )
 REDUCE = frozenset("reduce_sum reduce_max reduce_min reduce_prod argmax argmin".split())
 CUMULATIVE = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
+PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
+DEPTHWISE = "depthwise"  # the name scope of a convolution that is written as shifted products and sums
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Cost:
 
     flops: float = 0.0
     transcendentals: float = 0.0
+    products: float = 0.0  # the flops of matrix products and convolutions: twice the multiply-accumulates (MACs)
     scopes: Counter[str] = field(default_factory=Counter)
 
 
@@ -45,6 +48,8 @@ def count(function: Callable[..., Any], *args: Any) -> Cost:
         flops, transcendentals = _equation(equation)
         cost.flops += times * flops
         cost.transcendentals += times * transcendentals
+        if equation.primitive.name in PRODUCTS or DEPTHWISE in scope.split("/"):
+            cost.products += times * flops
         cost.scopes[scope] += times * flops  # type: ignore[assignment]  # a Counter of floats
     return cost
 

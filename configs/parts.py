@@ -89,6 +89,37 @@ def metaformer(
     )
 
 
+def pyramid(
+    *,
+    widths: tuple[int, ...],
+    depths: tuple[int, ...],
+    stages: tuple[str | tuple[str, ...], ...],
+    mixers: Mapping[str, Mapping[str, Any]],
+    channel: Mapping[str, Any],
+    norm: Mapping[str, Any],
+    stem: Mapping[str, Any] | None = None,
+    head: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> ConfigDict:
+    """A MetaFormer in stages on images, pre-norm; `options` are those of the topology beside these."""
+    return ConfigDict(
+        {
+            "topology": "pyramid",
+            "widths": widths,
+            "depths": depths,
+            "stages": stages,
+            "channel": "mlp",
+            "parts": {**{name: dict(part) for name, part in mixers.items()}, "mlp": {"kind": "mlp", **channel}},
+            "norm": dict(norm),
+            "norm_placement": "pre",
+            "embedding": {"name": "stem", **(stem or {})},
+            "positions": {"name": "none"},
+            "head": dict(head or {"name": "classifier", "pooling": "mean"}),
+            **options,
+        }
+    )
+
+
 def wide(model: ConfigDict, depth: int = 1) -> ConfigDict:
     """The same total number of heads in fewer layers, each head as wide as before. The channel mixer stays as it is.
 

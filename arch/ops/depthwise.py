@@ -2,9 +2,11 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from arch.flops import DEPTHWISE
 from arch.ops.grid import shifted
 
 
@@ -18,12 +20,13 @@ def depthwise(
     """
     x, filter = x.astype(jnp.float32), filter.astype(jnp.float32)
     total = jnp.zeros_like(x)
-    for place in itertools.product(*map(range, filter.shape[:-1])):
-        offsets = tuple(i - size // 2 for i, size in zip(place, filter.shape))
-        if any(abs(offset) >= length for offset, length in zip(offsets, x.shape[1:])):
-            continue  # all of it lies outside the grid
-        copy = filter[place] * shifted(x, offsets)
-        if segment_ids is not None:
-            copy = jnp.where((shifted(segment_ids, offsets) == segment_ids)[..., None], copy, 0)
-        total += copy
+    with jax.named_scope(DEPTHWISE):
+        for place in itertools.product(*map(range, filter.shape[:-1])):
+            offsets = tuple(i - size // 2 for i, size in zip(place, filter.shape))
+            if any(abs(offset) >= length for offset, length in zip(offsets, x.shape[1:])):
+                continue  # all of it lies outside the grid
+            copy = filter[place] * shifted(x, offsets)
+            if segment_ids is not None:
+                copy = jnp.where((shifted(segment_ids, offsets) == segment_ids)[..., None], copy, 0)
+            total += copy
     return total

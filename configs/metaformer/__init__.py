@@ -1,0 +1,1 @@
+"""MetaFormer in stages: PoolFormer and the MetaFormer baselines at ImageNet-1K sizes."""
