@@ -104,6 +104,15 @@ def peak_bytes() -> int:
     return used if sys.platform == "darwin" else used * 1024  # Linux counts KiB
 
 
+def reset_peak() -> bool:
+    """Has peak_bytes count from now on; False where the system does not let it (it then counts from the start)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def keep_memory() -> bool:
     """Has glibc keep the memory that a step frees for the next step; False where there is no glibc.
 
