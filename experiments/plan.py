@@ -1,10 +1,15 @@
 """What a run will need, before anything compiles.
 
     python -m experiments.plan --config=configs/quickstart.py:linear [--devices=8] [--match=params=2.1M] [--json]
+    python -m experiments.plan --config=configs/quickstart.py:linear --draw=linear.svg
+    python -m experiments.plan --config=configs/quickstart.py:softmax --against=configs/quickstart.py:wide
 
 Parameters are exact. FLOPs follow arch/flops.py. Activations are an estimate: what the forward pass keeps for the
 backward pass, which the compiler may still lessen. --match=params=N, flops=N (forward, one example) or layers=N solves
 the width so that two architectures compare at equal budget within 1 %; params=FILE:ARG takes another config's budget.
+--against=FILE:ARG, any number of times, sets configs beside each other, with the ratios of what they cost;
+overrides (--config.path=value) are for all of them.
+--draw writes a diagram of the built model (.svg, .png or .pdf), named after the config if no file is given.
 """
 
 import json
@@ -12,6 +17,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +28,7 @@ from arch import accounting
 from arch.accounting import Account
 from arch.errors import ConfigError, within
 from arch.registry import TASKS
-from experiments import cli, match, optim, sharding
+from experiments import cli, drawing, match, optim, sharding
 from experiments import config as configs
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
@@ -165,12 +171,24 @@ def _budget(name: str, value: str, spec: Any) -> float:
     return target
 
 
+def drawn(source: str, config: Any, file: str) -> None:
+    """Writes the diagram and says what is on it."""
+    tree = configs.plain(config)
+    name = source.removeprefix("configs/").replace(".py", "")
+    path = Path(file or f"{name.replace('/', '_').replace(':', '-')}.svg")
+    scene = drawing.draw(tree["model"], TASKS.build(tree["task"]).spec, name, path)
+    params = sum(box.params * box.copies for box in scene.boxes)
+    print(f"{path}: {len(scene.boxes)} boxes, {params:,} parameters")
+
+
 @cli.command
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog="python -m experiments.plan", description=__doc__.split("\n")[0])
     parser.add_argument("--devices", type=int, default=1, help="devices to plan for")
     parser.add_argument("--match", help="params=2.1M, flops=3G, layers=2, or params=FILE.py:ARG")
+    parser.add_argument("--against", action="append", default=[], metavar="FILE:ARG", help="compare with this config")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--draw", nargs="?", const="", metavar="FILE", help="write a diagram: .svg, .png or .pdf")
     loaded = configs.load(argv, parser)
     config, flags = loaded.config, loaded.flags
     if flags.devices < 1:
@@ -178,7 +196,16 @@ def main(argv: list[str]) -> None:
     found = None
     if flags.match:
         config, found = matched(config, flags.match)
+    if flags.draw is not None:
+        return drawn(loaded.source, config, flags.draw)
     plan = make_plan(loaded.source, config, flags.devices)
+    if flags.against:
+        from experiments import against  # it imports this module
+
+        others = ((other, configs.configure(other, loaded.overrides)) for other in flags.against)
+        plans = [plan, *(make_plan(source, other, flags.devices) for source, other in others)]
+        print(json.dumps(against.as_json(plans), indent=1) if flags.json else against.text(plans))
+        return
     if flags.json:
         print(json.dumps({**asdict(plan), "match": asdict(found) if found else None}, indent=1))
         return
