@@ -16,6 +16,7 @@ from arch.layers import cast
 from arch.model import Functional, functional
 from arch.registry import CHANNEL_MIXERS, HEADS, MIXERS, POSITIONS
 from arch.spec import InputSpec, Spec
+from arch.topologies.stack import Repeated
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def _state(net: Functional, params: Any, spec: Spec, dtype: Any) -> int | None:
 
 def _parts(net: Functional, params: Any, scopes: Mapping[str, float]) -> tuple[Part, ...]:
     """One row for each kind of component; a parameter path or name scope counts to the component it lies under."""
-    owners = _components(net.module(params))
+    model = net.module(params)
+    owners, times = _components(model), _times(model)
     rows: dict[str, tuple[set[str], int, float]] = {}
     for owner, name in owners.items():  # what costs nothing has its row too
         rows[name] = rows.get(name, (set(), 0, 0.0))[0] | {owner}, 0, 0.0
@@ -120,7 +122,16 @@ def _parts(net: Functional, params: Any, scopes: Mapping[str, float]) -> tuple[P
     for scope, amount in scopes.items():
         add(scope, 0, amount)
     order = ("embedding", *dict.fromkeys(owners.values()), "norms, residuals, rest")
-    return tuple(Part(name, len(rows[name][0]), *rows[name][1:]) for name in order if name in rows)
+    copies = {
+        name: sum(math.prod(times.get(p, 1) for p in _prefixes(owner)) for owner in row[0])
+        for name, row in rows.items()
+    }
+    return tuple(Part(name, copies[name], *rows[name][1:]) for name in order if name in rows)
+
+
+def _times(model: nnx.Module) -> dict[str, int]:
+    """Path of every run of layers whose parameters are stacked: how many it stands for."""
+    return {"/".join(map(str, keys)): m.times for keys, m in nnx.iter_modules(model) if isinstance(m, Repeated)}
 
 
 def _prefixes(path: str) -> list[str]:

@@ -20,6 +20,11 @@ def add_loss(module: Any, value: ArrayLike) -> None:
     module.aux_loss = AuxLoss(value if held is None else held[...] + value)
 
 
+def pop_losses(module: nnx.Module) -> list[Array]:
+    """Those of a module and all within it; they are removed. For what runs a module inside a scan or checkpoint."""
+    return jax.tree.leaves(nnx.pop(module, AuxLoss))
+
+
 def take_losses(module: nnx.Module) -> Float[Array, ""]:
     """Their sum over a module and all within it; they are removed."""
-    return sum(jax.tree.leaves(nnx.pop(module, AuxLoss)), jnp.zeros((), jnp.float32))
+    return sum(pop_losses(module), jnp.zeros((), jnp.float32))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from arch.auxiliary import add_loss, take_losses
+from arch.auxiliary import add_loss, pop_losses
 from arch.errors import ConfigError
 from arch.mixers.contract import State
 from arch.positions import Rotary
@@ -104,8 +104,9 @@ class Stack(nnx.Module):
                     elif self.remat == "none":
                         x = block(x, keep=keep, segment_ids=segment_ids)
                     else:
-                        x, loss = run_block(block, x, self.remat, turn, keep=keep, segment_ids=segment_ids)
-                        add_loss(self, loss)
+                        x, losses = run_block(block, x, self.remat, turn, keep=keep, segment_ids=segment_ids)
+                        for loss in losses:
+                            add_loss(self, loss)
         return x
 
     def init_state(self, batch: int, max_length: int) -> list[Any]:
@@ -143,15 +144,16 @@ class Repeated(nnx.Module):
     def __call__(self, x: Float[Array, "B *A D"], turn: int = 0, **masks: Array | None) -> Float[Array, "B *A D"]:
         graph, params, random = _split(self.blocks, turn)
 
-        def body(x: Array, leaves: Any) -> tuple[Array, Array]:
+        def body(x: Array, leaves: Any) -> tuple[Array, list[Array]]:
             blocks = nnx.merge(graph, *leaves)
             for i, block in enumerate(blocks):
                 with jax.named_scope(f"blocks/{i}"):
                     x = block(x, **masks)
-            return x, take_losses(blocks)
+            return x, pop_losses(blocks)
 
         x, losses = jax.lax.scan(_remat(body, self.remat), x, (params, random))
-        add_loss(self, losses.sum())
+        for loss in losses:
+            add_loss(self, loss.sum())
         return x
 
     def init_state(self, batch: int, max_length: int) -> list[State]:
@@ -172,13 +174,13 @@ class Repeated(nnx.Module):
         return jax.lax.scan(body, x, (tuple(leaves), state))
 
 
-def run_block(block: Any, x: Array, remat: str, turn: int = 0, **masks: Array | None) -> tuple[Array, Any]:
-    """The block and its losses, its inner values recomputed in the backward pass as `remat` says."""
+def run_block(block: Any, x: Array, remat: str, turn: int = 0, **masks: Array | None) -> tuple[Array, list[Array]]:
+    """The block's output and its losses, its inner values recomputed in the backward pass as `remat` says."""
     graph, params, random = _split(block, turn)
 
-    def run(leaves: Any, x: Array) -> tuple[Array, Array]:
+    def run(leaves: Any, x: Array) -> tuple[Array, list[Array]]:
         copy = nnx.merge(graph, *leaves)
-        return copy(x, **masks), take_losses(copy)
+        return copy(x, **masks), pop_losses(copy)
 
     return _remat(run, remat)((params, random), x)
 
