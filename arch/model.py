@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 import arch.channel_mixers
+import arch.denoiser
 import arch.embeddings
 import arch.heads
 import arch.mixers
@@ -21,9 +22,10 @@ import arch.topologies  # noqa: F401  importing these fills the registries
 from arch.auxiliary import take_losses
 from arch.errors import ConfigError
 from arch.layers import Dropout
+from arch.norms import Group
 from arch.registry import EMBEDDINGS, HEADS, POSITIONS, TOPOLOGIES, Choice
 from arch.schema import Rate, names_of
-from arch.spec import Spec
+from arch.spec import InputSpec, Spec
 
 TOKENS = MappingProxyType({"name": "tokens"})
 Params = dict[str, Any]  # nested dicts of arrays; the path of a leaf reads "topology/blocks/0/mixer/qkv/kernel"
@@ -92,17 +94,41 @@ class Model(nnx.Module):
             remat=remat,
             rngs=rngs,
         )
+        if (isinstance(spec, InputSpec) or options.causal) and any(
+            isinstance(module, Group) for _, module in nnx.iter_modules(self.topology)
+        ):
+            raise ConfigError(
+                "norm.name", "group takes its mean over all tokens, padding and later ones too; use layer or rms"
+            )
         if self.with_cls and not getattr(self.topology, "keeps_tokens", True):
             raise ConfigError("head.pooling", "the topology gives out other tokens than it takes, so no CLS; use mean")
-        self.head = HEADS.build(options.head, path="head", width=out_width, num_classes=spec.num_classes, rngs=rngs)
+        if getattr(head, "output", "logits") == "image" and not getattr(self.topology, "keeps_tokens", True):
+            raise ConfigError("head.name", "a denoiser needs a token a patch, and the topology gives out other tokens")
+        self.head = HEADS.build(
+            options.head,
+            path="head",
+            width=out_width,
+            num_classes=spec.num_classes,
+            spec=spec,
+            embedding=self.embed,
+            embedding_width=width,
+            rngs=rngs,
+        )
 
     def __call__(
         self,
         inputs: Shaped[Array, "B ..."],
         keep: Bool[Array, "B ..."] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        time: Float[Array, " B"] | None = None,
+        label: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B *T C"]:
-        """Logits, float32: [B C] of a classifier, [B T C] of a language model. keep None: inputs != 0 of token ids."""
+        """Logits, float32: [B C] of a classifier, [B T C] of a language model; an image [B H W C] of a denoiser.
+
+        keep None: inputs != 0 of token ids. time, and label if it is conditional, are for a denoiser (arch.denoiser).
+        """
+        if hasattr(self.head, "condition") != (time is not None):
+            raise ConfigError("head.name", "the denoiser needs the time of each example, and no other head takes one")
         if keep is None and jnp.issubdtype(inputs.dtype, jnp.integer):
             keep = inputs != 0
         if self.pair:  # the two inputs of an example are rows of their own
@@ -117,6 +143,9 @@ class Model(nnx.Module):
             keep = None if keep is None else jnp.pad(keep, [(0, 0), (1, 0)], constant_values=True)
         with jax.named_scope("positions"):
             x = self.positions(x.reshape(x.shape[0], -1, x.shape[-1])).reshape(x.shape)  # places in row-major order
+        if time is not None:
+            with jax.named_scope("head"):
+                x = x + self.head.condition(time, label).reshape(x.shape[0], *(1,) * (x.ndim - 2), -1)
         with jax.named_scope("topology"):
             x = self.topology(self.dropout(x), keep=keep, segment_ids=segment_ids)
         if keep is not None and hasattr(self.topology, "kept"):
@@ -131,7 +160,7 @@ class Model(nnx.Module):
 
     def init_state(self, batch: int, max_length: int) -> dict[str, Any]:
         """The decode state before the first token; causal language models only."""
-        if self.head.pooling is not None:
+        if self.head.causal is not True:
             raise ConfigError("head.name", "decoding needs the head language_model")
         return {"length": jnp.zeros((), jnp.int32), "topology": self.topology.init_state(batch, max_length)}
 
@@ -184,15 +213,24 @@ class Functional:
         ]
         return nnx.merge(graph, from_nested(params, template), jax.tree.unflatten(tree, filled))
 
+    def conditions(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of what `apply` needs beside the inputs."""
+        times = {"time": jax.ShapeDtypeStruct((batch,), jnp.float32)}
+        return times if getattr(HEADS[self.config["head"]["name"]], "output", "logits") == "image" else {}
+
     def apply(
         self,
         params: Params,
         inputs: Shaped[Array, "B ..."],
         keep: Bool[Array, "B ..."] | None = None,
         key: Array | None = None,
+        **conditions: Array | None,
     ) -> Float[Array, "B *T C"]:
-        """Logits in float32; computes in the dtype of the parameters. key None: deterministic."""
-        return self.apply_with_losses(params, inputs, keep, key)[0]
+        """Logits in float32; computes in the dtype of the parameters. key None: deterministic.
+
+        conditions: time and label, of a denoiser.
+        """
+        return self.apply_with_losses(params, inputs, keep, key, **conditions)[0]
 
     def apply_with_losses(
         self,
@@ -200,10 +238,11 @@ class Functional:
         inputs: Shaped[Array, "B ..."],
         keep: Bool[Array, "B ..."] | None = None,
         key: Array | None = None,
+        **conditions: Array | None,
     ) -> tuple[Float[Array, "B *T C"], Float[Array, ""]]:
         """Logits, and the sum of the losses that layers add to the task's (arch.auxiliary)."""
         model = self.module(params, key)
-        logits = model(inputs, keep)
+        logits = model(inputs, keep, **conditions)
         return logits, take_losses(model)
 
 

@@ -36,6 +36,8 @@ class Pyramid(nnx.Module):
     last_norm: a norm follows the last block; PoolFormer has it, the baselines norm the mean over tokens in their head.
     """
 
+    keeps_tokens = False  # fewer come out than go in
+
     def __init__(
         self,
         *,

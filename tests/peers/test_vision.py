@@ -1,5 +1,5 @@
 """PoolFormer, the MetaFormer baselines and DeiT against timm and transformers: parameter counts, and logits of the
-copied weights. RandFormer and IdentityFormer are in neither; tests/arch/test_vision_sizes.py has their published sizes.
+copied weights. RandFormer and IdentityFormer are in neither; tests/arch/topologies/test_pyramid_sizes.py has their published sizes.
 """
 
 import jax
@@ -45,7 +45,7 @@ def test_parameter_counts(tmp_path):
 
 @pytest.mark.peers
 @pytest.mark.parametrize(
-    "name,pixels,convert,changes",
+    ("name", "pixels", "convert", "changes"),
     [
         ("poolformer_s12", 224, importing.timm_metaformer, SMALL_LAYER_NORM),
         ("transformers_poolformer_s12", 224, importing.transformers_poolformer, {}),
@@ -56,14 +56,8 @@ def test_parameter_counts(tmp_path):
     ],
 )
 def test_logits(name, pixels, convert, changes, tmp_path):
-    a = peer(
-        "vision",
-        tmp_path,
-        "logits",
-        name,
-        str(pixels),
-        needs=("torch", "transformers" if "transformers" in name else "timm"),
-    )
+    library = "transformers" if "transformers" in name else "timm"
+    a = peer("vision", tmp_path, "logits", name, str(pixels), needs=("torch", library))
     ours = {**model(OURS[name.removeprefix("transformers_")]), **changes}
     net = functional(ours, ImageSpec(pixels, pixels, 3, 1000))
     state = {key.removeprefix("w/"): value for key, value in a.items() if key.startswith("w/")}
