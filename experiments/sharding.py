@@ -2,9 +2,10 @@
 
 A rule is (path regex, axes): the first whose regex is found in a parameter's path, such as
 "topology/blocks/0/mixer/qkv/kernel", gives the mesh axes of its dimensions; dimensions left out are replicated. Axes
-that start with "..." are those of the last dimensions: so one rule serves a kernel [D H] and kernels stacked by layer or
-by expert, [L D H], [E D H], [L E D H]. A path without a rule, a rule that decides nothing, and a dimension that does not divide are errors. Everything that follows a
-parameter (optimiser moments, averaged parameters) has the parameter's path as the end of its own, and its sharding.
+that start with "..." are those of the last dimensions: one rule serves a kernel [D H] and those stacked by layer or by
+expert, [L D H], [E D H], [L E D H]. A path without a rule, a rule that decides nothing, and a dimension that does
+not divide are errors. Everything that follows a parameter (optimiser moments, averaged parameters) has the parameter's
+path as the end of its own, and its sharding.
 """
 
 import logging

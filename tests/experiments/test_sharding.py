@@ -68,6 +68,7 @@ REST = (".*", ())
         ((("kernell", ()), REST), "sharding.0: 'kernell' decides no parameter"),
         ((("(", ()), REST), "sharding.0: '(' is not a regular expression"),
         ((("qkv", ("model",)), REST), "sharding.0: 'model' is not a mesh axis"),
+        ((("qkv", ("fsdp", "...")), REST), "sharding.0: '...' is not a mesh axis"),
         ((("qkv", ("fsdp", "fsdp")), REST), "sharding.0: 'fsdp' is used twice"),
         ((("bias", (None, "fsdp")), REST), "sharding.0: 2 axes for head/bias"),
         (((".*", ("fsdp",)),), "sharding.0: embed/embedding (11, 8): dimension 0 does not divide over fsdp = 2"),
@@ -78,6 +79,24 @@ def test_mistakes_in_rules(rules, message):
     with pytest.raises(ConfigError) as error:
         sharding.parameter_specs(PARAMS, rules, FakeMesh(fsdp=2, tensor=2))
     assert message in str(error.value)
+
+
+def test_axes_of_the_last_dimensions():
+    """Kernels stacked by layer or expert are split as one kernel is."""
+    shapes = {"kernel": (8, 24), "stacked": (3, 8, 24), "both": (2, 3, 8, 24), "vector": (4,)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    rules = (("vector", ("fsdp",)), ("", ("...", "fsdp", ("tensor", "sequence"))))
+    specs = sharding.parameter_specs(params, rules, FakeMesh(fsdp=2, tensor=2))
+    pair = (("fsdp",), ("tensor", "sequence"))
+    assert specs == {"kernel": P(*pair), "stacked": P(None, *pair), "both": P(None, None, *pair), "vector": P("fsdp")}
+    with pytest.raises(ConfigError, match="2 axes for vector"):
+        sharding.parameter_specs(params, rules[1:], FakeMesh())
+    experts = {
+        "moe": {name: {"kernel": jax.ShapeDtypeStruct((3, 8, 6), jnp.float32)} for name in ("up", "gate", "down")}
+    }
+    found = sharding.parameter_specs(experts, (), FakeMesh(fsdp=2, tensor=2))
+    assert found["moe/up/kernel"] == found["moe/gate/kernel"] == P(None, "fsdp", "tensor")
+    assert found["moe/down/kernel"] == P(None, "tensor", "fsdp")
 
 
 def test_default_rules_split_what_divides_and_say_what_not(caplog):
