@@ -8,13 +8,12 @@ Differences from the paper: any pair of mixers may hold the two roles, and the l
 has causal softmax attention in both, within fixed blocks in the near layers, and the full layers at the bottom.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from arch.errors import ConfigError
-from arch.mixers.contract import State
 from arch.positions import Rotary
 from arch.registry import CHANNEL_MIXERS, MIXERS, TOPOLOGIES
 from arch.schema import NonNegative, Positive
@@ -88,7 +87,7 @@ class MASFormer(Stack):
         x = super().__call__(x, keep=keep, segment_ids=segment_ids)
         return x if self.norm is None else self.norm(x)
 
-    def step(self, x: Float[Array, "B D"], states: list[State]) -> tuple[Float[Array, "B D"], list[State]]:
+    def step(self, x: Float[Array, "B D"], states: list[Any]) -> tuple[Float[Array, "B D"], list[Any]]:
         x, after = super().step(x, states)
         return (x if self.norm is None else self.norm(x)), after
 
