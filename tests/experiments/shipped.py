@@ -1,4 +1,4 @@
-"""Every shipped config with each argument that its own sweep uses."""
+"""Every shipped config with each argument that its own sweep uses, or those of its GOLDEN where these are too many."""
 
 from pathlib import Path
 
@@ -13,7 +13,8 @@ def _sources() -> list[str]:
         path = str(file.relative_to(ROOT))
         module = config.module(path)
         if hasattr(module, "get_config"):
-            arguments = {job["arg"] for job in module.get_sweep() if "arg" in job}
+            every = {job["arg"] for job in module.get_sweep() if "arg" in job}
+            arguments = getattr(module, "GOLDEN", every)
             found += [f"{path}:{name}" for name in sorted(arguments)] or [path]
     return found
 
