@@ -1,4 +1,4 @@
-"""Places an outline: boxes below each other with arrows between, skips at the left, frames around, long runs in columns.
+"""Places an outline: boxes below each other with arrows between, skips at the left, frames around, columns if long.
 
 Every element is measured first and then placed with its centre on the line that the data take.
 """

@@ -1,4 +1,4 @@
-"""The tree of calls as what a diagram shows: boxes, residuals, frames; neighbours that are alike as one with a count."""
+"""The tree of calls as what a diagram shows: boxes, residuals, frames; alike neighbours stand as one with a count."""
 
 import math
 import re
@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from experiments.drawing.trace import MADE, Call, Shape, closed
-
 from arch.topologies.block import Block, Residual
 from arch.topologies.stack import Repeated, Stack
+from experiments.drawing.trace import MADE, Call, Shape, closed
 
 Form = Literal["box", "residual", "row", "frame"]
 KINDS = {  # of a box, by the registry its component is from

@@ -178,7 +178,8 @@ def _paint(axes: Any, patches: Any, mark: Mark, order: int) -> None:
         )
     elif isinstance(mark, Line):
         xs, ys = zip(*mark.points)
-        axes.plot(xs, ys, color=mark.stroke, lw=mark.thick, zorder=order, solid_joinstyle="round")
+        last = -1 if mark.arrow else None  # the arrow draws the last stretch
+        axes.plot(xs[:last], ys[:last], color=mark.stroke, lw=mark.thick, zorder=order, solid_joinstyle="round")
         if mark.arrow:
             head = {"arrowstyle": "-|>", "color": mark.stroke, "lw": mark.thick, "shrinkA": 0, "shrinkB": 0}
             axes.annotate("", xy=mark.points[-1], xytext=mark.points[-2], arrowprops=head, zorder=order)

@@ -129,8 +129,8 @@ class Recorder:
     def listening(self, module: nnx.Module) -> Iterator[None]:
         """Replaces __call__ of the modules' classes; puts them back at the end."""
         classes = {type(inner) for _, inner in nnx.iter_modules(module) if callable(inner)}
-        before = {each: vars(each).get("__call__") for each in classes}
-        functions = {each: each.__call__ for each in classes}  # resolved before any is replaced
+        before: dict[type, Any] = {each: vars(each).get("__call__") for each in classes}
+        functions: dict[type, Any] = {each: each.__call__ for each in classes}  # resolved before any is replaced
         try:
             for each, function in functions.items():
                 setattr(each, "__call__", self._recorded(function))  # noqa: B010  mypy holds methods for fixed
