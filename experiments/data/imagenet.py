@@ -2,8 +2,9 @@
 
 Source: Russakovsky et al. 2015, arXiv:1409.0575. Read with tfds.data_source from a prepared TFDS data set, without
 TensorFlow. An image is scaled (bicubic) so that its shorter side is size / crop, its centre of size x size is cut out,
-and the channels are normalised by the mean and deviation that everyone uses. Train images are cut and flipped in the
-same way every time: the papers' augmentation is not here.
+and the channels are normalised by the mean and deviation that everyone uses. train_augment "resized_crop" instead cuts
+a random rectangle of 8 to 100 % of the image, 3:4 to 4:3, out of a train image and flips every other one, as the papers
+do (Szegedy et al. 2014, arXiv:1409.4842); their colour, mixing and erasing augmentations are not here.
 
 The test split is the published validation set, whose labels are known. protocol "sound" validates on the last
 validation_examples of the train set; "release" is what the papers do: all of the train set trains, and the best epoch
@@ -12,12 +13,14 @@ is chosen on the set that is then reported. Chance and majority class are 0.1 %.
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
+from PIL import Image
 
 from arch.errors import ConfigError
 from arch.registry import TASKS
@@ -49,13 +52,17 @@ class ImageNet:
         *,
         size: Positive = 224,  # pixels along each side
         crop: Annotated[float, Range(above=0, high=1)] = 0.9,  # share of the shorter side that is kept
+        train_augment: Literal[
+            "none", "resized_crop"
+        ] = "none",  # of the run's seed and the place in its order
         protocol: Literal["sound", "release"] = "sound",
         validation_examples: Positive = 10_000,  # of the train set, in the sound protocol
         data_dir: str | None = None,  # TFDS's folder; None: the data root
     ):
         if validation_examples >= TRAIN:
             raise ConfigError("validation_examples", f"the train set has {TRAIN:,}; leave some to train on")
-        self.size, self.crop, self.protocol, self.held = size, crop, protocol, validation_examples
+        self.size, self.crop, self.train_augment = size, crop, train_augment
+        self.protocol, self.held = protocol, validation_examples
         self.folder = data_root(data_dir)
         self.spec = ImageSpec(height=size, width=size, channels=3, num_classes=CLASSES)
         self._builder: Any = None
@@ -98,7 +105,16 @@ class ImageNet:
         slices = {"train": f"train[:{kept}]", "validation": f"train[{kept}:]"} if self.protocol == "sound" else {}
         name = {"train": "train", "validation": "validation", "test": "validation", **slices}[split]
         records = self._builder.as_data_source(split=name, decoders={"image": tfds.decode.SkipDecoding()})
-        return Photographs(cast("Sequence[Mapping[str, Any]]", records), self.size, self.crop)
+        records = cast("Sequence[Mapping[str, Any]]", records)
+        return Photographs(records, self.size, self.crop, encoded=split == "train" and self.augment is not None)
+
+    @property
+    def augment(self) -> Callable[[Example, Any], Example] | None:
+        """What happens to a training example each time it is read: its picture comes still encoded."""
+        return None if self.train_augment == "none" else self._augment
+
+    def _augment(self, example: Example, rng: np.random.Generator) -> Example:
+        return {"inputs": random_cut(example["inputs"].tobytes(), self.size, rng), "label": example["label"]}
 
     def majority(self, split: str) -> float:
         """Of the whole set that the split is cut from."""
@@ -108,27 +124,59 @@ class ImageNet:
 
 @dataclass(frozen=True)
 class Photographs:
-    """A Source over records {"image": JPEG bytes, "label": class}."""
+    """A Source over records {"image": JPEG bytes, "label": class}; encoded: inputs are those bytes, uint8."""
 
     records: Sequence[Mapping[str, Any]]
     size: int
     crop: float
+    encoded: bool = False
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
         record = self.records[index]
-        return {"inputs": read(record["image"], self.size, self.crop), "label": np.int32(record["label"])}
+        data = record["image"]
+        inputs = np.frombuffer(data, np.uint8) if self.encoded else centre(data, self.size, self.crop)
+        return {"inputs": inputs, "label": np.int32(record["label"])}
 
 
-def read(data: bytes, size: int, crop: float) -> np.ndarray:
-    """A picture as float32 [size size 3], its centre, normalised."""
-    from PIL import Image
-
-    picture = Image.open(io.BytesIO(data)).convert("RGB")
+def centre(data: bytes, size: int, crop: float) -> np.ndarray:
+    """The middle of a picture as float32 [size size 3], normalised."""
+    picture = _open(data)
     scale = size / crop / min(picture.size)
     width, height = (max(size, round(n * scale)) for n in picture.size)
     left, top = (width - size) // 2, (height - size) // 2
     picture = picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    return _normalised(picture)
+
+
+def random_cut(data: bytes, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A rectangle of the picture scaled to [size size 3], normalised: area uniform, aspect uniform in its logarithm."""
+
+    def uniform(low: float, high: float) -> float:
+        word = int(rng.bit_generator.random_raw())  # the raw bits are the same in every version of NumPy
+        return low + (high - low) * (word >> 11) * 2.0**-53
+
+    picture = _open(data)
+    area = picture.width * picture.height
+    for _ in range(10):
+        share, aspect = uniform(0.08, 1), math.exp(uniform(math.log(3 / 4), math.log(4 / 3)))
+        width, height = round(math.sqrt(area * share * aspect)), round(math.sqrt(area * share / aspect))
+        if 0 < width <= picture.width and 0 < height <= picture.height:
+            break
+    else:  # the largest square
+        width = height = min(picture.size)
+    left = math.floor(uniform(0, picture.width - width + 1))
+    top = math.floor(uniform(0, picture.height - height + 1))
+    cut = picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    image = _normalised(cut)
+    return image[:, ::-1].copy() if uniform(0, 1) < 0.5 else image
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _normalised(picture: Image.Image) -> np.ndarray:
     return (np.asarray(picture, np.float32) / 255 - MEAN) / DEVIATION
