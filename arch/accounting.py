@@ -58,14 +58,14 @@ def count_params(model: Mapping[str, Any], spec: Spec) -> int:
 def forward_flops(model: Mapping[str, Any], spec: Spec) -> float:
     """Of one example of the longest length."""
     net = functional(model, spec)
-    return flops.count(net.apply, net.abstract(), _inputs(spec)).flops
+    return flops.count(_apply(net), net.abstract(), _inputs(spec)).flops
 
 
 def account(model: Mapping[str, Any], spec: Spec, *, dtype: Any = jnp.float32, remat: str = "none") -> Account:
     """The costs of a config's section `model` on a task's inputs."""
     net = functional(model, spec, remat=remat)
     params = net.abstract()
-    forward = flops.count(functional(model, spec).apply, params, _inputs(spec))  # scopes are plain without remat
+    forward = flops.count(_apply(functional(model, spec)), params, _inputs(spec))  # scopes are plain without remat
     return Account(
         parts=_parts(net, params, forward.scopes),
         params=size(params),
@@ -80,8 +80,17 @@ def _inputs(spec: Spec, batch: int = 1) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((batch, *spec.shape), jnp.dtype(spec.dtype))
 
 
+def _apply(net: Functional) -> Any:
+    def apply(params: Any, inputs: Any) -> Any:
+        conditions = {name: jnp.zeros(x.shape, x.dtype) for name, x in net.conditions(inputs.shape[0]).items()}
+        return net.apply(params, inputs, **conditions)
+
+    return apply
+
+
 def _loss(net: Functional) -> Any:
-    return lambda params, inputs: net.apply(params, inputs).sum()  # the loss proper is O(classes): nothing beside this
+    apply = _apply(net)
+    return lambda params, inputs: apply(params, inputs).sum()  # the loss proper is O(classes): nothing beside this
 
 
 def _saved(net: Functional, params: Any, inputs: Any, dtype: Any) -> int:

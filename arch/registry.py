@@ -83,7 +83,7 @@ NORMS = Registry("norm", provided=("width", "rngs"))
 POSITIONS = Registry("position encoding", provided=("width", "max_length", "rngs"))
 EMBEDDINGS = Registry("embedding", provided=("spec", "width", "rngs"))
 TOPOLOGIES = Registry("topology", provided=("causal", "dropout", "rotary", "max_length", "grid", "remat", "rngs"))
-HEADS = Registry("head", provided=("width", "num_classes", "rngs"))
+HEADS = Registry("head", provided=("width", "num_classes", "spec", "embedding", "embedding_width", "rngs"))
 TASKS = Registry("task")
 OBJECTIVES = Registry("objective", provided=("smoothing", "conditional"))
 OPTIMIZERS = Registry("optimizer", provided=("learning_rate",))
@@ -103,12 +103,17 @@ class Choice:
     registries: tuple[Registry, ...]
     key: str = "name"
     shared: Callable[..., Any] | None = None
+    default: str | None = None  # the name of a section that is left out
 
     def fields(self, value: Any, path: str) -> Mapping[str, schema.Option]:
         names = [name for registry in self.registries for name in registry.names()]
         what = " or ".join(registry.what for registry in self.registries)
         value = require_mapping(value, path, f'{{"{self.key}": "{names[0] if names else "..."}", ...}}')
         at = join(path, self.key)
+        named = schema.Option(self.key, str)
+        if self.default is not None:
+            named = schema.Option(self.key, str, self.default)
+            value = {self.key: self.default, **value}
         if self.key not in value:
             for key in value:
                 if nearest(str(key), [self.key]):
@@ -121,7 +126,7 @@ class Choice:
             raise unknown(at, name, names, what)
         registry = next(registry for registry in self.registries if name in registry)
         common = schema.options(self.shared, ("rngs",)) if self.shared is not None else {}
-        return {self.key: schema.Option(self.key, str), **common, **registry.options(name)}
+        return {self.key: named, **common, **registry.options(name)}
 
     def resolve(self, value: Any, path: str) -> dict[str, Any]:
         return schema.resolve(value, self.fields(value, path), path)
