@@ -59,6 +59,10 @@ def parse(text: str) -> dict[str, str]:
 
 def match(model: Mapping[str, Any], spec: Spec, *, layers: int | None = None, **budget: float) -> Match:
     """The model at `layers` layers whose params or flops are within 1 % of the budget; without one, of its own."""
+    if "width" not in model:
+        raise ConfigError("--match", f"the topology {model['topology']} has several widths and none to solve for")
+    if layers is not None and "layers" not in model:
+        raise ConfigError("--match", f"the topology {model['topology']} has no pattern `layers` to cut; leave layers=")
     name, target = next(iter(budget.items()), ("params", 0.0))
     cost = BUDGETS[name]
     target = target or cost(model, spec)
@@ -115,19 +119,25 @@ def _with_layers(model: Mapping[str, Any], layers: int | None) -> dict[str, Any]
     return changed
 
 
+def _channel(model: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The one channel mixer of all layers; None without one, or where a pattern has several."""
+    name = model.get("channel")
+    return model["parts"][name] if isinstance(name, str) else None
+
+
 def _hidden(model: Mapping[str, Any]) -> int | None:
     """The hidden width of the channel mixer as it is built; None without one."""
-    if model.get("channel") is None:
+    part = _channel(model)
+    if part is None or (part.get("hidden") is None and part.get("ratio") is None):
         return None
-    part = model["parts"][model["channel"]]
     return part["hidden"] if part.get("hidden") is not None else max(1, round(part["ratio"] * model["width"]))
 
 
 def _resized(model: Mapping[str, Any], width: int, hidden: int | None = None) -> dict[str, Any]:
     resized = copy.deepcopy(dict(model))
     resized["width"] = width
-    if model.get("channel") is not None:
-        part = resized["parts"][model["channel"]]
+    part = _channel(resized)
+    if part is not None:
         if hidden is not None:
             part["hidden"] = hidden
         elif part.get("hidden") is not None:

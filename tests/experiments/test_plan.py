@@ -5,6 +5,7 @@ import json
 import pytest
 
 from arch.registry import TASKS
+from arch.spec import InputSpec
 from experiments import config, match, plan
 from experiments.config import ConfigError
 
@@ -74,3 +75,8 @@ def test_match_refuses(request_, words):
 def test_mesh_that_does_not_fill_is_refused():
     with pytest.raises(ConfigError, match="does not fill"):
         plan.make_plan("x", config.configure("configs/quickstart.py:softmax", {"mesh.fsdp": 3}), devices=8)
+
+
+def test_match_says_what_it_cannot_solve():
+    with pytest.raises(ConfigError, match="several widths"):
+        match.match({"topology": "pyramid", "widths": (8, 16)}, InputSpec(vocab_size=3, num_classes=2, length=4))
