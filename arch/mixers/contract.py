@@ -4,11 +4,12 @@ A mixer is a class registered in MIXERS whose constructor is (width, *, causal, 
   modes    which of "causal" and "bidirectional" the mathematics allows;
   axes     1 if it mixes a sequence (a grid is then flattened in row-major order), None if any number of grid axes;
   packing  the modes in which segment_ids keep packed sequences apart.
-A causal mixer whose constructor takes `causal_chunk` gets one from builders whose tokens come in chunks of that length: the
-tokens of a chunk then see each other and all former chunks. Its rows are whole chunks, and extend(x[B chunk D], state)
-takes the place of step. A mixer that does not take it sees former tokens only.
+A causal mixer whose constructor takes `causal_chunk` gets one from builders whose tokens come in chunks of that length:
+the tokens of a chunk then see each other and all former chunks. Its rows are whole chunks, and extend(x[B C D], state)
+takes the place of step, C the chunk. A mixer that does not take it sees former tokens only.
 A mixer whose output is a matrix times its values also has weights(x, keep=None) -> [B H T S], that matrix in float32,
 for looking at, for distilling and for tests.
+A mixer that can give its first tokens for less than all has read(x[B T D], count, keep=None) -> [B count D].
 Padding (keep False) contributes nothing to other tokens; what a padding token itself gets is unspecified but finite.
 """
 
