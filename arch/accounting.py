@@ -55,10 +55,28 @@ def count_params(model: Mapping[str, Any], spec: Spec) -> int:
     return size(functional(model, spec).abstract())
 
 
+def parameter_table(model: Mapping[str, Any], spec: Spec) -> tuple[Part, ...]:
+    """The parts with their parameters; no operation is counted, so a large model takes no longer than a small one."""
+    net = functional(model, spec)
+    return _parts(net, net.abstract(), {})
+
+
 def forward_flops(model: Mapping[str, Any], spec: Spec) -> float:
     """Of one example of the longest length."""
     net = functional(model, spec)
     return flops.count(_apply(net), net.abstract(), _inputs(spec)).flops
+
+
+def forward_macs(model: Mapping[str, Any], spec: Spec) -> float:
+    """Multiply-accumulates in matrix products and convolutions of one example: what papers on vision call MACs."""
+    net = functional(model, spec)
+    return flops.count(_apply(net), net.abstract(), _inputs(spec)).products / 2
+
+
+def parameters_by_part(model: Mapping[str, Any], spec: Spec) -> tuple[Part, ...]:
+    """The rows of `account` without their flops: much quicker for deep models."""
+    net = functional(model, spec)
+    return _parts(net, net.abstract(), {})
 
 
 def account(model: Mapping[str, Any], spec: Spec, *, dtype: Any = jnp.float32, remat: str = "none") -> Account:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from arch.accounting import account
+from arch.accounting import account, parameter_table
 from arch.registry import TASKS
 from experiments import config, plan
 from tests.experiments.shipped import SOURCES
@@ -26,9 +26,9 @@ def lines(tree, path=""):
 
 def text(source: str) -> str:
     tree = config.plain(config.configure(source))
-    found = account(tree["model"], TASKS.build(tree["task"]).spec)
-    table = [f"{part.name:32}{part.copies:>4}{part.params:>14,}" for part in found.parts]
-    table.append(f"{'total':32}{'':>4}{found.params:>14,}")
+    parts = parameter_table(tree["model"], TASKS.build(tree["task"]).spec)
+    table = [f"{part.name:32}{part.copies:>4}{part.params:>14,}" for part in parts]
+    table.append(f"{'total':32}{'':>4}{sum(part.params for part in parts):>14,}")
     return "\n".join([source, "", *lines(tree), "", *table, ""])
 
 
