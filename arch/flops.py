@@ -39,6 +39,7 @@ class Cost:
     transcendentals: float = 0.0
     products: float = 0.0  # the flops of matrix products and convolutions: twice the multiply-accumulates (MACs)
     scopes: Counter[str] = field(default_factory=Counter)
+    product_scopes: Counter[str] = field(default_factory=Counter)  # of the products alone
 
 
 def count(function: Callable[..., Any], *args: Any) -> Cost:
@@ -50,6 +51,7 @@ def count(function: Callable[..., Any], *args: Any) -> Cost:
         cost.transcendentals += times * transcendentals
         if equation.primitive.name in PRODUCTS or DEPTHWISE in scope.split("/"):
             cost.products += times * flops
+            cost.product_scopes[scope] += times * flops  # type: ignore[assignment]
         cost.scopes[scope] += times * flops  # type: ignore[assignment]  # a Counter of floats
     return cost
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -97,17 +98,18 @@ def attention(  # type: ignore[misc]  # the options of the overloads are those b
     if 0 in (batch, queries, heads, keys):  # nothing to attend: zeros, as for any query without a visible key
         y = jnp.zeros((batch, queries, heads, v.shape[-1]), v.dtype)
         return (y, jnp.full((batch, queries, heads), -jnp.inf, jnp.float32)) if return_lse else y
-    y, lse = dispatch.call(
-        "attention",
-        IMPLEMENTATIONS,
-        implementation,
-        AUTO,
-        *(q, k, v, bias, keep, q_segments, k_segments),
-        window=(left, right),
-        block_mask=block_mask,
-        scale=width**-0.5 if scale is None else scale,
-        activation=activation,
-    )
+    with jax.named_scope("attention"):  # for profiles and counts of FLOPs
+        y, lse = dispatch.call(
+            "attention",
+            IMPLEMENTATIONS,
+            implementation,
+            AUTO,
+            *(q, k, v, bias, keep, q_segments, k_segments),
+            window=(left, right),
+            block_mask=block_mask,
+            scale=width**-0.5 if scale is None else scale,
+            activation=activation,
+        )
     return (y, lse) if return_lse else y
 
 
