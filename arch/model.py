@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from math import prod
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +42,10 @@ class Options:
         head: Annotated[Mapping, Choice((HEADS,))],
         dropout: Rate = 0.0,  # after the embedding, after every mixer and inside channel mixers
         causal: bool = False,  # no token sees a later one
+        read: Literal["all", "pooled"] = "all",  # pooled: the last layer computes the CLS token alone
     ):
         self.embedding, self.positions, self.head = embedding, positions, head
-        self.dropout, self.causal = dropout, causal
+        self.dropout, self.causal, self.read = dropout, causal, read
 
 
 class Model(nnx.Module):
@@ -100,6 +101,13 @@ class Model(nnx.Module):
             raise ConfigError(
                 "norm.name", "group takes its mean over all tokens, padding and later ones too; use layer or rms"
             )
+        self.reads_pooled = options.read == "pooled"
+        if self.reads_pooled:
+            if not self.with_cls:
+                raise ConfigError("read", "pooled needs a head that reads one token; set head.pooling=cls, or use all")
+            if not hasattr(self.topology, "read"):
+                raise ConfigError("read", f"{config['topology']} has no pooled form; use all")
+            self.topology.check_read()
         if self.with_cls and not getattr(self.topology, "keeps_tokens", True):
             raise ConfigError("head.pooling", "the topology gives out other tokens than it takes, so no CLS; use mean")
         if getattr(head, "output", "logits") == "image" and not getattr(self.topology, "keeps_tokens", True):
@@ -147,7 +155,11 @@ class Model(nnx.Module):
             with jax.named_scope("head"):
                 x = x + self.head.condition(time, label).reshape(x.shape[0], *(1,) * (x.ndim - 2), -1)
         with jax.named_scope("topology"):
-            x = self.topology(self.dropout(x), keep=keep, segment_ids=segment_ids)
+            x = self.dropout(x)
+            if self.reads_pooled:
+                x, keep = self.topology.read(x, 1, keep=keep), None
+            else:
+                x = self.topology(x, keep=keep, segment_ids=segment_ids)
         if keep is not None and hasattr(self.topology, "kept"):
             keep = self.topology.kept(keep)
         x = x.reshape(x.shape[0], -1, x.shape[-1])

@@ -47,7 +47,7 @@ class Softmax(nnx.Module):
         self.heads, self.groups = num_heads, num_heads if kv_heads is None else kv_heads
         if self.heads % self.groups:
             raise ConfigError("kv_heads", f"{self.groups} does not divide num_heads {num_heads}")
-        self.causal, self.rotary, self.chunk = causal, rotary, causal_chunk
+        self.causal, self.rotary, self.causal_chunk = causal, rotary, causal_chunk
         self.implementation = known_implementation(implementation, IMPLEMENTATIONS)
         self.qkv = dense(width, (self.heads + 2 * self.groups) * self.head_dim, bias=bias, rngs=rngs)
         self.out = dense(self.heads * self.head_dim, width, bias=bias, rngs=rngs)
@@ -69,20 +69,62 @@ class Softmax(nnx.Module):
         q, k, v = self._project(x, 0)
         y = attention(
             *(q, k, v),
-            causal=self.causal and self.chunk is None,
-            block_mask=None if self.chunk is None else np.tri(x.shape[1] // self.chunk, dtype=bool),
+            causal=self.causal and self.causal_chunk is None,
+            block_mask=None if self.causal_chunk is None else np.tri(x.shape[1] // self.causal_chunk, dtype=bool),
             keep=keep,
             segment_ids=segment_ids,
             implementation=self.implementation,
         )
         return self.out(join_heads(y))
 
+    def read(
+        self, x: Float[Array, "B T D"], count: int, *, keep: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B P D"]:
+        """What __call__ gives at the first `count` tokens, P of them: the others need no query.
+
+        Nor, while P H < G K and without rotary, does any token need a key or a value: q . (W_k x_s) = (W_k^T q) . x_s
+        and sum_s p_s (W_v x_s) = W_v (sum_s p_s x_s), so the two matrices go to the P queries and O(T D P H) is left.
+        A key's bias adds the same to all scores of a query and drops out of the softmax; a value's is added once.
+        """
+        if self.causal_chunk is not None:
+            return self(x, keep=keep)[:, :count]
+        if self.causal:  # the first tokens see no others
+            return self(x[:, :count], keep=None if keep is None else keep[:, :count])
+        cuts = [self.heads * self.head_dim, (self.heads + self.groups) * self.head_dim]
+        kernels = jnp.split(self.qkv.kernel[...], cuts, axis=-1)
+        biases = [None] * 3 if self.qkv.bias is None else jnp.split(self.qkv.bias[...], cuts)
+
+        def project(x: Array, which: int) -> Array:  # [B T D] -> [B T H K]
+            y = x @ kernels[which]
+            y = y if biases[which] is None else y + biases[which]
+            return y.reshape(*y.shape[:2], -1, self.head_dim)
+
+        q = project(x[:, :count], 0)
+        if self.rotary is not None or count * self.heads >= self.groups * self.head_dim:
+            k, v = project(x, 1), project(x, 2)
+            if self.rotary is not None:
+                q, k = self.rotary.rotate(q, 0), self.rotary.rotate(k, 0)
+            y = attention(q, k, v, causal=False, keep=keep, implementation=self.implementation)
+            return self.out(join_heads(y))
+        w_k, w_v = (kernel.reshape(-1, self.groups, self.head_dim) for kernel in kernels[1:])
+        q = q.reshape(*q.shape[:2], self.groups, -1, self.head_dim)
+        inward = jnp.einsum("bpgrk,dgk->bpgrd", q, w_k) * self.head_dim**-0.5
+        scores = jnp.einsum("bpgrd,bsd->bpgrs", inward, x, preferred_element_type=jnp.float32)
+        if keep is not None:
+            scores = jnp.where(keep[:, None, None, None], scores, -jnp.inf)
+        p = jax.nn.softmax(scores, axis=-1, where=None if keep is None else keep[:, None, None, None])
+        y = jnp.einsum("bpgrd,dgk->bpgrk", jnp.einsum("bpgrs,bsd->bpgrd", p.astype(x.dtype), x), w_v)
+        if biases[2] is not None:
+            y = y + biases[2].reshape(self.groups, 1, self.head_dim) * p.sum(-1, keepdims=True).astype(y.dtype)
+        return self.out(y.reshape(*y.shape[:2], -1))
+
     def weights(self, x: Float[Array, "B T D"], *, keep: Bool[Array, "B T"] | None = None) -> Float[Array, "B H T S"]:
         """The matrix that multiplies the values, each row a sum of one. Quadratic: to look at, and to distil from."""
         q, k, _ = self._project(x, 0)
         visible = np.tri(x.shape[1], dtype=bool) if self.causal else np.ones((x.shape[1], x.shape[1]), bool)
-        if self.chunk is not None:
-            visible = np.tri(x.shape[1] // self.chunk, dtype=bool).repeat(self.chunk, 0).repeat(self.chunk, 1)
+        if self.causal_chunk is not None:
+            place = np.arange(x.shape[1]) // self.causal_chunk
+            visible = place[:, None] >= place[None]
         return masked_weights(q, k, visible[None], keep)
 
     def init_state(self, batch: int, max_length: int) -> State:
@@ -91,7 +133,7 @@ class Softmax(nnx.Module):
 
     def step(self, x: Float[Array, "B D"], state: State) -> tuple[Float[Array, "B D"], State]:
         """One more token. Past max_length the last place of the cache is written over: do not go there."""
-        if self.chunk is not None:
+        if self.causal_chunk is not None:
             raise ConfigError("causal_chunk", "the tokens of a chunk see each other, so they come together: use extend")
         y, state = self.extend(x[:, None], state)
         return y[:, 0], state

@@ -54,10 +54,12 @@ class Residual(nnx.Module):
         self.scale = None if layer_scale is None else nnx.Param(jnp.full((width,), layer_scale))
         self.residual_scale = None if residual_scale is None else nnx.Param(jnp.full((width,), residual_scale))
 
-    def __call__(self, x: Array, f: Callable[[Array], Array]) -> Array:
+    def __call__(self, x: Array, f: Callable[[Array], Array], count: int | None = None) -> Array:
+        """f may give the first `count` tokens alone; then so does this."""
+        first = x if count is None else x[:, :count]
         if self.placement == "pre":
-            return self.add(x, f(self.norm(x)))
-        return self.norm(self.add(x, f(x)))
+            return self.add(first, f(self.norm(x)))
+        return self.norm(self.add(first, f(x)))
 
     def add(self, x: Array, branch: Array) -> Array:
         branch = self.dropout(branch)
@@ -101,17 +103,43 @@ class Block(nnx.Module):
     ) -> Float[Array, "B *A D"]:
         return self._run(x, lambda x: mix(self.mixer, x, keep=keep, segment_ids=segment_ids), keep)
 
-    def _run(self, x: Array, mix: Callable[[Array], Array], keep: Array | None) -> Array:
+    def read(
+        self, x: Float[Array, "B T D"], count: int, *, keep: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B P D"]:
+        """What __call__ gives at the first `count` tokens; the channel mixer sees no others, nor the mixer's `read`."""
+        if getattr(self.channel, "masked", False):  # what it does to one token hangs on the others
+            return self(x, keep=keep)[:, :count]
+
+        def mix(x: Array) -> Array:
+            with jax.named_scope("mixer"):
+                if hasattr(self.mixer, "read"):
+                    return self.mixer.read(x, count, keep=keep)
+                return self.mixer(x, keep=keep)[:, :count]
+
+        return self._run(x, mix, keep, count)
+
+    def _run(
+        self,
+        x: Array,
+        mix: Callable[[Array], Array],
+        keep: Array | None,
+        count: int | None = None,
+        decoding: bool = False,
+    ) -> Array:
         def channel(x: Array) -> Array:
             assert self.channel is not None
             with jax.named_scope("channel"):
-                return self.channel(x, keep=keep) if getattr(self.channel, "masked", False) else self.channel(x)
+                if not getattr(self.channel, "masked", False):
+                    return self.channel(x)
+                if decoding:  # every token a row of its own
+                    return self.channel(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+                return self.channel(x, keep=keep)
 
         if self.channel is None:
-            return self.mix(x, mix)
+            return self.mix(x, mix, count)
         if self.transform is None:
-            return self.mix(x, lambda x: mix(x) + channel(x))
-        return self.transform(self.mix(x, mix), channel)
+            return self.mix(x, lambda x: mix(x) + channel(x if count is None else x[:, :count]), count)
+        return self.transform(self.mix(x, mix, count), channel)
 
     def init_state(self, batch: int, max_length: int) -> State:
         return self.mixer.init_state(batch, max_length)
@@ -125,7 +153,7 @@ class Block(nnx.Module):
             after.append(new)
             return y
 
-        x = self._run(x, mix, None)
+        x = self._run(x, mix, None, decoding=True)
         return x, after[0]
 
 
@@ -144,7 +172,7 @@ def advance(mixer: Any, x: Array, state: State) -> tuple[Array, State]:
     """The mixer one token further, x[B D], or a chunk, x[B C D]."""
     if x.ndim == 2:
         return mixer.step(x, state)
-    if getattr(mixer, "chunk", None) is not None:
+    if getattr(mixer, "causal_chunk", None) is not None:
         return mixer.extend(x, state)
 
     def one(state: State, x: Array) -> tuple[State, Array]:

@@ -91,6 +91,13 @@ class MetaFormer(Stack):
         x = super().__call__(x, keep=keep, segment_ids=segment_ids)
         return x if self.norm is None else self.norm(x)
 
+    def read(
+        self, x: Float[Array, "B T D"], count: int, *, keep: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B P D"]:
+        """The first `count` tokens alone."""
+        x = self.read_first(x, count, keep=keep)
+        return x if self.norm is None else self.norm(x)
+
     def step(self, x: Float[Array, "B D"], states: list[Any]) -> tuple[Float[Array, "B D"], list[Any]]:
         x, states = super().step(x, states)
         return (x if self.norm is None else self.norm(x)), states

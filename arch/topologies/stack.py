@@ -97,17 +97,36 @@ class Stack(nnx.Module):
         segment_ids: Int[Array, "B *A"] | None = None,
     ) -> Float[Array, "B *A D"]:
         for turn in range(self.loops):
-            for i, block in enumerate(self.blocks):
-                with jax.named_scope(f"blocks/{i}"):  # the parameters' path, for profiles and the cost table
-                    if isinstance(block, Repeated):
-                        x = block(x, turn, keep=keep, segment_ids=segment_ids)
-                    elif self.remat == "none":
-                        x = block(x, keep=keep, segment_ids=segment_ids)
-                    else:
-                        x, losses = run_block(block, x, self.remat, turn, keep=keep, segment_ids=segment_ids)
-                        for loss in losses:
-                            add_loss(self, loss)
+            for i in range(len(self.blocks)):
+                x = self._block(i, turn, x, keep=keep, segment_ids=segment_ids)
         return x
+
+    def _block(self, i: int, turn: int, x: Array, **masks: Array | None) -> Array:
+        block = self.blocks[i]
+        with jax.named_scope(f"blocks/{i}"):  # the parameters' path, for profiles and the cost table
+            if isinstance(block, Repeated):
+                return block(x, turn, **masks)
+            if self.remat == "none":
+                return block(x, **masks)
+            x, losses = run_block(block, x, self.remat, turn, **masks)
+            for loss in losses:
+                add_loss(self, loss)
+        return x
+
+    def read_first(
+        self, x: Float[Array, "B T D"], count: int, *, keep: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B P D"]:
+        """What __call__ gives at the first `count` tokens, but for rounding: the last block computes no others."""
+        last = len(self.blocks) - 1
+        for i in range(last):
+            x = self._block(i, 0, x, keep=keep, segment_ids=None)
+        with jax.named_scope(f"blocks/{last}"):
+            return self.blocks[last].read(x, count, keep=keep)
+
+    def check_read(self) -> None:
+        """Raises where the last block is not one of its own."""
+        if self.loops > 1 or isinstance(self.blocks[len(self.blocks) - 1], Repeated):
+            raise ConfigError("read", "looped and scanned layers are all alike; use all, or loops=1 and scan=False")
 
     def init_state(self, batch: int, max_length: int) -> list[Any]:
         """One entry a block and turn; that of repeated blocks has their leading axis."""
@@ -174,7 +193,9 @@ class Repeated(nnx.Module):
         return jax.lax.scan(body, x, (tuple(leaves), state))
 
 
-def run_block(block: Any, x: Array, remat: str, turn: int = 0, **masks: Array | None) -> tuple[Array, list[Array]]:
+def run_block(
+    block: Any, x: Array, remat: str, turn: int | Array = 0, **masks: Array | None
+) -> tuple[Array, list[Array]]:
     """The block's output and its losses, its inner values recomputed in the backward pass as `remat` says."""
     graph, params, random = _split(block, turn)
 
@@ -190,7 +211,7 @@ def _remat(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
     return function if policy is None else jax.checkpoint(function, policy=policy)
 
 
-def _split(module: Any, turn: int) -> tuple[Any, Any, Any]:
+def _split(module: Any, turn: int | Array) -> tuple[Any, Any, Any]:
     """Graph, parameters and random state, whose counts are moved on so that no two turns share random numbers."""
     states: Any = nnx.split(module, nnx.Param, nnx.RngState)
     graph, params, random = states
