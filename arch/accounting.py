@@ -73,12 +73,6 @@ def forward_macs(model: Mapping[str, Any], spec: Spec) -> float:
     return flops.count(_apply(net), net.abstract(), _inputs(spec)).products / 2
 
 
-def parameters_by_part(model: Mapping[str, Any], spec: Spec) -> tuple[Part, ...]:
-    """The rows of `account` without their flops: much quicker for deep models."""
-    net = functional(model, spec)
-    return _parts(net, net.abstract(), {})
-
-
 def account(model: Mapping[str, Any], spec: Spec, *, dtype: Any = jnp.float32, remat: str = "none") -> Account:
     """The costs of a config's section `model` on a task's inputs."""
     net = functional(model, spec, remat=remat)
