@@ -25,9 +25,9 @@ import ml_collections
 
 from arch import model, schema
 from arch.errors import ConfigError, join, unknown, within
-from arch.registry import HEADS, OPTIMIZERS, TASKS, TOPOLOGIES, Choice, Section
+from arch.registry import HEADS, OBJECTIVES, OPTIMIZERS, TASKS, TOPOLOGIES, Choice, Section
 from arch.schema import NonNegative, Positive, Rate
-from experiments import data, optim  # noqa: F401  importing these fills TASKS, OPTIMIZERS, SCHEDULES
+from experiments import data, diffusion, objectives, optim  # noqa: F401  importing these fills their registries
 from experiments.cli import Parser
 
 log = logging.getLogger("archloom")
@@ -70,6 +70,7 @@ class Experiment:
 
     seed: NonNegative = 0
     task: Annotated[Mapping, Choice((TASKS,))]
+    objective: Annotated[Mapping, Choice((OBJECTIVES,), default="classify")]
     model: Annotated[Mapping, Choice((TOPOLOGIES,), key="topology", shared=model.Options)]
     optimizer: Annotated[Mapping, Choice((OPTIMIZERS,), shared=optim.Shared)]
     train: Annotated[Mapping, Section(Train)]
@@ -291,6 +292,7 @@ def check_together(config: Mapping[str, Any]) -> None:
     spec = task.spec
     with within("model"):
         model.functional(config["model"], spec).abstract()
+    objectives.build(config)
     optim.build(config["optimizer"], config["train"]["steps"])
     train, accumulate = config["train"], config["optimizer"]["accumulate"]
     if train["batch_size"] % accumulate:

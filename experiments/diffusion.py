@@ -7,6 +7,7 @@ from the example's index, and the times of a split are a golden-ratio sequence i
 the loss of a split is the same number for the same network, whatever the batch size, and compares between steps.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -34,7 +35,7 @@ def golden(index: Int[Array, " B"]) -> Float[Array, " B"]:
 class Diffusion:
     """What the objectives share. A subclass says how data is noised, what is predicted, and how that is undone."""
 
-    output, metrics, draws = "image", ("loss",), True
+    output, metrics, judged_by, draws = "image", ("loss",), "loss", True
     samplers: tuple[str, ...]
 
     def __init__(self, label_dropout: float, conditional: bool):
@@ -63,7 +64,7 @@ class Diffusion:
         raise NotImplementedError
 
     def rank(self, scores: Mapping[str, float]) -> float:
-        return -scores["loss"]
+        return -scores["loss"] if math.isfinite(scores["loss"]) else -math.inf
 
 
 def _over(values: Float[Array, " B"], x: Array) -> Array:

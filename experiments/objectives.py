@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
-from arch.registry import OBJECTIVES
-from arch.schema import Rate
+from arch.errors import ConfigError, within
+from arch.registry import HEADS, OBJECTIVES
+from arch.schema import Rate, names_of
 
 Batch = Mapping[str, Any]
 Predict = Callable[..., jax.Array]  # (inputs, keep, key, **conditions) -> the head's output; key None: no dropout
@@ -23,6 +24,7 @@ class Objective(Protocol):
 
     output: ClassVar[Literal["logits", "image"]]  # what the head must give
     metrics: ClassVar[tuple[str, ...]]  # "loss" first
+    judged_by: ClassVar[str]  # the metric that `rank` looks at
     draws: ClassVar[bool]  # needs random numbers in evaluation too: its batches then carry "index", int32 [B]
 
     def __call__(self, predict: Predict, batch: Batch, key: jax.Array | None) -> Sums:
@@ -58,7 +60,7 @@ class Classify:
     """Cross-entropy with the label, of an example or of its tokens, or with the next token; see `score`."""
 
     output: ClassVar[Literal["logits", "image"]] = "logits"
-    metrics, draws = ("loss", "accuracy"), False
+    metrics, judged_by, draws = ("loss", "accuracy"), "accuracy", False
 
     def __init__(self, *, smoothing: Rate = 0.0):
         self.smoothing = smoothing
@@ -70,3 +72,20 @@ class Classify:
 
     def rank(self, scores: Mapping[str, float]) -> float:
         return scores["accuracy"]
+
+
+def build(config: Mapping[str, Any]) -> Objective:
+    """The objective of a resolved config; refuses one that its head or its training does not fit."""
+    section, head, smoothing = config["objective"], config["model"]["head"], config["train"]["label_smoothing"]
+    name, output = section["name"], getattr(HEADS[head["name"]], "output", "logits")
+    if smoothing and "smoothing" not in names_of(OBJECTIVES[name]):
+        raise ConfigError("train.label_smoothing", f"{name} has no labels to smooth; use 0")
+    with within("objective"):
+        found = OBJECTIVES.build(section, smoothing=smoothing, conditional=head.get("conditional", False))
+    if found.output != output:
+        fits = [head for head in HEADS.names() if getattr(HEADS[head], "output", "logits") == found.output]
+        raise ConfigError(
+            "model.head.name",
+            f"{head['name']} gives {output} and the objective {name} needs {found.output}; use {' or '.join(fits)}",
+        )
+    return found

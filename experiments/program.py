@@ -17,7 +17,7 @@ from arch.errors import within
 from arch.registry import TASKS
 from arch.spec import InputSpec
 from experiments import config as configs
-from experiments import optim, sharding, step
+from experiments import objectives, optim, sharding, step
 from experiments.data import pipeline
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
@@ -37,6 +37,7 @@ class Program:
         with within("config"):
             self.mesh = sharding.make_mesh(config["mesh"], devices)
             self.task = TASKS.build(config["task"], path="task")
+            self.objective = objectives.build(config)
             self.optimizer = optim.build(config["optimizer"], self.steps)
             with within("model"):
                 self.functional = model.functional(config["model"], self.task.spec, remat=train["remat"])
@@ -62,15 +63,17 @@ class Program:
         self.evaluated = "ema" if "ema" in state else "params"  # the parameters that evaluation uses
         self.parameters = sum(x.size for x in jax.tree.leaves(params))
         self.replicated = NamedSharding(self.mesh, P())
-        self.batch_shardings = sharding.batch_shardings(self._batch(self.batch_size), self.mesh)
+        self.batch_shardings = sharding.batch_shardings(self._batch(self.batch_size, evaluation=True), self.mesh)
 
-    def _batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def _batch(self, size: int, evaluation: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
         spec = self.task.spec
         inputs = (size, *spec.shape)
         shapes = {"inputs": (inputs, spec.dtype), "label": (inputs if self.task.token_labels else (size,), "int32")}
         if isinstance(spec, InputSpec):
             shapes["keep"] = (inputs, "bool")
         shapes["weight"] = ((size,), "float32")
+        if evaluation and self.objective.draws:
+            shapes["index"] = ((size,), "int32")
         return {name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
 
     @functools.cached_property
@@ -80,37 +83,39 @@ class Program:
 
     @functools.cached_property
     def train_step(self) -> Any:
-        """Compiled: (state, batch) -> (state, METRICS), the state donated."""
+        """Compiled: (state, batch) -> (state, step.metrics_of(objective)), the state donated."""
+        batch = self._batch(self.batch_size)
         train_step = functools.partial(
             step.train_step,
             apply=self.functional.apply_with_losses,
             optimizer=self.optimizer,
             dtype=DTYPES[self.config["train"]["precision"]],
-            smoothing=self.config["train"]["label_smoothing"],
+            objective=self.objective,
             prng=self.config["train"]["prng"],
         )
         jitted = jax.jit(
             train_step,
-            in_shardings=(self.shardings, self.batch_shardings),
+            in_shardings=(self.shardings, {name: self.batch_shardings[name] for name in batch}),
             out_shardings=(self.shardings, self.replicated),
             donate_argnums=0,
         )
-        return jitted.lower(self.state, self._batch(self.batch_size)).compile()
+        return jitted.lower(self.state, batch).compile()
 
     @functools.cached_property
     def eval_step(self) -> Any:
-        """Compiled: (params, batch) -> SUMS."""
+        """Compiled: (params, batch) -> the objective's sums."""
         dtype = DTYPES[self.config["train"]["precision"]]
+        batch = self._batch(self.eval_batch_size, evaluation=True)
         jitted = jax.jit(
-            functools.partial(step.eval_step, apply=self.functional.apply, dtype=dtype),
+            functools.partial(step.eval_step, apply=self.functional.apply, dtype=dtype, objective=self.objective),
             in_shardings=(self.shardings["params"], self.batch_shardings),
             out_shardings=self.replicated,
         )
-        return jitted.lower(self.state["params"], self._batch(self.eval_batch_size)).compile()
+        return jitted.lower(self.state["params"], batch).compile()
 
     def put(self, batch: Mapping[str, Any]) -> Any:
         """The batch on its devices; the copy overlaps with the step that runs."""
-        return jax.device_put(dict(batch), self.batch_shardings)
+        return jax.device_put(dict(batch), {name: self.batch_shardings[name] for name in batch})
 
     def batches(self, start: int = 0) -> Any:
         """The endless training data from batch `start` on, an iterator with close()."""
@@ -119,16 +124,20 @@ class Program:
     def evaluate(
         self, params: Any, split: str, stopping: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
-        """{"loss", "accuracy", "examples"} over a whole split; None once `stopping` says so."""
-        total, running = np.zeros(len(step.SUMS)), collections.deque[Any]()
-        for batch in pipeline.eval_batches(self.task, split, self.eval_batch_size):
+        """The objective's metrics and "examples", over a whole split; None once `stopping` says so."""
+        total, running = np.zeros(len(self.objective.metrics) + 1), collections.deque[Any]()
+        for n, rows in enumerate(pipeline.eval_batches(self.task, split, self.eval_batch_size)):
             if stopping():
                 return None
+            batch: dict[str, Any] = dict(rows)
+            if self.objective.draws:
+                batch["index"] = np.arange(self.eval_batch_size, dtype=np.int32) + n * self.eval_batch_size
             running.append(self.eval_step(params, self.put(batch)))
             if len(running) > AHEAD:
                 total += np.asarray(running.popleft(), np.float64)
-        loss, correct, weight = sum(map(np.asarray, running), total).tolist()
-        return {"loss": loss / weight, "accuracy": correct / weight, "examples": self.task.splits[split]}
+        *sums, weight = sum(map(np.asarray, running), total).tolist()
+        means = {name: value / weight for name, value in zip(self.objective.metrics, sums)}
+        return {**means, "examples": self.task.splits[split]}
 
 
 def different(params: Any, others: Any) -> str | None:

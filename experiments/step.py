@@ -5,11 +5,10 @@
     batch  {"inputs": int32[B T] or [B 2 T], "keep": bool, "label": int32[B] or [B T], "weight": float32[B]};
            images are "inputs": float32[B H W C] without "keep"
 
-A classifier's logits [B C] are scored against the label. A language model's [B T C] are scored token by token: against
-the label of the same token where the task gives one a token (-1: not scored), else against the next token.
+What is learnt is the objective's affair (experiments/objectives.py): it turns a batch and the network into sums.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,13 +17,20 @@ import optax
 
 from arch.layers import cast
 from experiments import optim
+from experiments.objectives import Batch, Classify, Objective, Sums
+from experiments.objectives import score as score
 
 State = dict[str, Any]
-Batch = Mapping[str, Any]
 Apply = Callable[..., Any]  # (params, inputs, keep, key=None) -> logits; in training (logits, losses of the layers)
 
-METRICS = ("loss", "accuracy", "grad_norm", "learning_rate", "ok")  # the vector a train step returns
-SUMS = ("loss", "correct", "weight")  # the vector of an evaluation step
+
+def metrics_of(objective: Objective | type[Objective]) -> tuple[str, ...]:
+    """The vector that a train step returns."""
+    return (*objective.metrics, "grad_norm", "learning_rate", "ok")
+
+
+METRICS = metrics_of(Classify)
+SUMS = ("loss", "correct", "weight")  # the vector of an evaluation step of a classifier
 
 
 def init_state(
@@ -55,25 +61,6 @@ def init_state(
     return state
 
 
-def score(logits: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sums over a batch of loss, correct answers and weight, in float32.
-
-    Loss of one answer y: -(1 - s) log p_y - s mean_c log p_c, s the label smoothing.
-    """
-    target, weight = batch["label"], batch["weight"]
-    if logits.ndim == 3 and target.ndim == 2:
-        weight, target = weight[:, None] * (target >= 0), jnp.maximum(target, 0)
-    elif logits.ndim == 3:
-        logits, target = logits[:, :-1], batch["inputs"][:, 1:]
-        weight = weight[:, None] * batch["keep"][:, 1:]
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    loss = -jnp.take_along_axis(log_p, target[..., None], axis=-1)[..., 0]
-    if smoothing:
-        loss = (1 - smoothing) * loss - smoothing * log_p.mean(axis=-1)
-    correct = (logits.argmax(axis=-1) == target).astype(jnp.float32)
-    return (loss * weight).sum(), (correct * weight).sum(), weight.sum()
-
-
 def train_step(
     state: State,
     batch: Batch,
@@ -81,26 +68,35 @@ def train_step(
     apply: Apply,
     optimizer: optim.Optimizer,
     dtype: Any = jnp.float32,
+    objective: Objective | None = None,
     smoothing: float = 0.0,
     prng: str = "threefry2x32",
 ) -> tuple[State, jax.Array]:
-    """One update. Pure: no I/O, no clock, no globals. Returns the new state and METRICS as one float32 vector.
+    """One update. Pure: no I/O, no clock, no globals. Returns the new state and metrics_of(objective), float32.
+
+    objective None: classify, with label smoothing.
 
     A non-finite loss or gradient changes neither parameters nor optimiser. The step is then passed over, or, when the
     state has "halted", that is set and every later call returns the state as it is.
     """
+    objective = objective or Classify(smoothing=smoothing)
     key = jax.random.wrap_key_data(state["rng"], impl=prng)
     key = jax.random.fold_in(key, state["step"])  # the step alone decides
 
     def loss_fn(params: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        logits, more = apply(cast(params, dtype), rows["inputs"], rows.get("keep"), key)
-        loss, correct, weight = score(logits, rows, smoothing)
-        return loss + weight * more, (loss, correct, weight)
+        low, added = cast(params, dtype), []
+
+        def predict(*inputs: Any, **conditions: Any) -> jax.Array:
+            output, more = apply(low, *inputs, **conditions)
+            added.append(more)
+            return output
+
+        sums = objective(predict, rows, key)
+        return sums[0] + sums[-1] * sum(added), sums
 
     gradient = jax.grad(loss_fn, has_aux=True)
-    grads, sums = _accumulated(gradient, state["params"], batch, key, optimizer.accumulate)
-    loss, correct, weight = sums
-    weight = jnp.maximum(weight, 1e-9)
+    grads, sums = _accumulated(gradient, state["params"], batch, key, optimizer.accumulate, len(objective.metrics) + 1)
+    loss, weight = sums[0], jnp.maximum(sums[-1], 1e-9)
     grads = jax.tree.map(lambda g: g / weight, grads)
     norm = optax.tree.norm(grads)
     if optimizer.clip is not None:
@@ -120,13 +116,14 @@ def train_step(
         if name in new:
             new[name] = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new[name], state[name])
     new = {**state, **new, "step": state["step"] + moves, "batch": state["batch"] + moves}
-    return new, jnp.stack([loss / weight, correct / weight, norm, learning_rate, ok.astype(jnp.float32)])
+    means = [total / weight for total in sums[:-1]]
+    return new, jnp.stack([*means, norm, learning_rate, ok.astype(jnp.float32)])
 
 
 def _accumulated(
-    gradient: Callable[..., Any], params: Any, batch: Batch, key: jax.Array, parts: int
-) -> tuple[Any, Any]:
-    """Gradient and sums over the batch, one microbatch at a time.
+    gradient: Callable[..., Any], params: Any, batch: Batch, key: jax.Array, parts: int, count: int
+) -> tuple[Any, Sums]:
+    """Gradient and `count` sums over the batch, one microbatch at a time.
 
     Microbatch i holds rows i, i + parts, ...: each device's rows are split, so that none moves to another device.
     """
@@ -138,10 +135,13 @@ def _accumulated(
         rows, i = part
         return jax.tree.map(jnp.add, total, gradient(params, rows, jax.random.fold_in(key, i))), None
 
-    zero = jax.tree.map(jnp.zeros_like, params), (jnp.zeros(()),) * 3
+    zero = jax.tree.map(jnp.zeros_like, params), (jnp.zeros(()),) * count
     return jax.lax.scan(add, zero, (micro, jnp.arange(parts)))[0]
 
 
-def eval_step(params: Any, batch: Batch, *, apply: Apply, dtype: Any = jnp.float32) -> jax.Array:
-    """SUMS over one batch, deterministic and without label smoothing."""
-    return jnp.stack(score(apply(cast(params, dtype), batch["inputs"], batch.get("keep")), batch))
+def eval_step(
+    params: Any, batch: Batch, *, apply: Apply, dtype: Any = jnp.float32, objective: Objective | None = None
+) -> jax.Array:
+    """The objective's sums over one batch, deterministic and without label smoothing. objective None: classify."""
+    low = cast(params, dtype)
+    return jnp.stack((objective or Classify())(lambda *inputs, **also: apply(low, *inputs, **also), batch, None))

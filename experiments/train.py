@@ -32,7 +32,7 @@ from experiments.files import read_json, write_json
 from experiments.metrics import Ledger, Metrics, Progress, Stopwatch, Window
 from experiments.program import AHEAD, Program
 from experiments.signals import Stopping
-from experiments.step import METRICS
+from experiments.step import metrics_of
 
 log = logging.getLogger("archloom")
 SECONDS = ("setup", "compile", "train", "data", "evaluate", "checkpoint")
@@ -114,6 +114,8 @@ def differences(old: Any, new: Any, path: str = "config") -> list[str]:
 def run(program: Program, workdir: Path, stopping: Stopping, progress: Progress, started: float) -> int:
     """The loop. `step` counts the updates that were started; `running` holds those whose metrics are not yet read."""
     settings, task, steps = program.config["train"], program.task, program.steps
+    objective, names = program.objective, metrics_of(program.objective)
+    means = (*objective.metrics, "grad_norm")
     task.prepare()
     write_json(workdir / "environment.json", environment.describe(), indent=1)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings["keep"])
@@ -126,8 +128,8 @@ def run(program: Program, workdir: Path, stopping: Stopping, progress: Progress,
 
     state, step, notes = restore(program, checkpoints, ledger, init)
     batches = program.batches(int(state["batch"]))
-    metrics, watch, window = Metrics(workdir, step), Stopwatch(ledger, notes["seconds"]), Window(notes["window"])
-    majority, saved, best_before = task.majority("validation"), step, notes["best"]
+    metrics, watch, window = Metrics(workdir, step), Stopwatch(ledger, notes["seconds"]), Window(notes["window"], means)
+    saved, best_before = step, notes["best"]
     rollbacks: collections.Counter[int] = collections.Counter()
     running: collections.deque[tuple[int, Any]] = collections.deque()
     while True:
@@ -139,7 +141,7 @@ def run(program: Program, workdir: Path, stopping: Stopping, progress: Progress,
         bad = None
         while len(running) > (0 if pause else AHEAD) and bad is None:  # reads what the device finished some steps ago
             at, values = running.popleft()
-            row = dict(zip(METRICS, np.asarray(values).tolist()))
+            row = dict(zip(names, np.asarray(values).tolist()))
             bad = at if not row["ok"] else None
             window.add(row)
             if at % settings["log_every"] == 0 or at == steps:
@@ -171,7 +173,8 @@ def run(program: Program, workdir: Path, stopping: Stopping, progress: Progress,
             state, step, notes = restore(program, checkpoints, ledger, init)
             notes["offset"] = batch_index + 1 - step  # the data goes on behind the batch that did it
             state = {**state, "batch": jax.device_put(np.int32(batch_index + 1), program.replicated)}
-            batches, metrics, window = program.batches(batch_index + 1), Metrics(workdir, step), Window(notes["window"])
+            batches, metrics = program.batches(batch_index + 1), Metrics(workdir, step)
+            window = Window(notes["window"], means)
             watch, saved = Stopwatch(ledger, notes["seconds"]), step
             continue
         if failure := checkpoints.poll():
@@ -187,11 +190,8 @@ def run(program: Program, workdir: Path, stopping: Stopping, progress: Progress,
             if found is not None:
                 notes["evaluated"], notes["last"] = step, found
                 metrics.write(step, "validation", seconds=round(watch.total, 3), **found)
-                progress.say(
-                    f"step {step}/{steps}  validation accuracy {found['accuracy']:.4f} (majority {majority:.4f})"
-                    f"  loss {found['loss']:.4f}"
-                )
-                if notes["best"] is None or found["accuracy"] > notes["best"]["accuracy"]:
+                progress.say(f"step {step}/{steps}  validation {scored(found, task.majority('validation'))}")
+                if notes["best"] is None or objective.rank(found) > objective.rank(notes["best"]):
                     best_before, notes["best"], save = notes["best"], {"step": step, **found}, True
             stop = stop or stopping()
         if (save or stop) and step > saved:
@@ -235,11 +235,19 @@ def run(program: Program, workdir: Path, stopping: Stopping, progress: Progress,
         "examples_per_second": rate * program.batch_size,
     }
     write_json(workdir / "summary.json", result, indent=1)
-    level = f"majority {result['task']['majority']:.4f}"
-    at_best = f"{best['test']['accuracy']:.4f}" if best["test"] else "unknown"
-    print(f"{workdir}: done, {step} steps; test accuracy {test['accuracy']:.4f} ({level}),", end=" ")
+    at_best = f"{best['test'][objective.judged_by]:.4f}" if best["test"] else "unknown"
+    print(
+        f"{workdir}: done, {step} steps; test {scored(test, task.majority('test'), only=objective.judged_by)},", end=" "
+    )
     print(f"{at_best} at the best validation step {best['step']}")
     return 0
+
+
+def scored(scores: Mapping[str, float], majority: float, only: str | None = None) -> str:
+    """Scores in words, an accuracy beside the majority-class level."""
+    level = {"accuracy": f" (majority {majority:.4f})"}
+    shown = [name for name in ("accuracy", "loss") if name in scores and only in (None, name)]
+    return "  ".join(f"{name} {scores[name]:.4f}{level.get(name, '')}" for name in shown)
 
 
 def restore(
@@ -310,6 +318,8 @@ def summary(
     saved, task, remat = read_json(workdir / "config.json"), program.task, program.config["train"]["remat"]
     account = accounting.account(program.config["model"], task.spec, remat=remat)
     seconds = {name: round(ledger.totals.get(name, 0.0), 3) for name in SECONDS}
+    accurate = "accuracy" in program.objective.metrics
+    levels = {"majority": task.majority("test"), "chance": task.chance} if accurate else {}
     return {
         "status": status,
         "reason": reason,
@@ -328,8 +338,7 @@ def summary(
         "task": {
             "name": program.config["task"]["name"],
             "content_hash": task.content_hash,
-            "majority": task.majority("test"),
-            "chance": task.chance,
+            **levels,
         },
     }
 
