@@ -1,9 +1,10 @@
 """WideNet on ImageNet-1K at 224 pixels: one block of attention and 4 experts, the best 2 a token, run at every depth.
 
 Run: python -m experiments.train --config=configs/widenet/imagenet.py:B --workdir=DIR
-Source: Xue et al. 2021, arXiv:2107.11817, and its code XueFuzhao/WideNet_Code, from which the sizes, the router's noise
-of 1 / E, capacity 1.2, balance 0.01, weight decay 0.1, 300 epochs and batch 4096 are. The paper's table has 29M, 40M and
-63M parameters; B and L here are of 16-pixel patches, and so is H, as in that code.
+Source: Xue et al. 2021, arXiv:2107.11817, and its code XueFuzhao/WideNet_Code, from which the sizes, patches of 16
+pixels, the router's noise of 1 / E, capacity 1.2, balance 0.01, weight decay 0.1, 300 epochs and batch 4096 are.
+Reported sizes, not checked against the paper's table: 29M, 40M and 63M. With a position for a CLS token that code's
+three models come to 29.7M, 40.9M and 63.3M, these here to that less one vector of `width`.
 
 Other than there: AdamW and a cosine where it has LAMB (base rate 0.01), so the learning rate is ViT's; no position for
 a CLS token that the mean reads too; ReLU for tanh in the head; no GELU on what an expert gives out; no augmentation.
