@@ -52,12 +52,17 @@ class Forward:
         """The token mixers, their matrices alone, and the channel mixers, each over all layers, as compiled calls.
 
         Every layer gets the same random tokens, so that nothing depends on the scale of what others give out. {} for
-        topologies that are no plain row of blocks.
+        topologies that are no plain row of blocks, or where the last one does not compute all tokens.
         """
         module = self.net.module(self.params)
         topology = module.topology
         blocks = list(topology.blocks) if isinstance(topology, Stack) else []
-        if not blocks or topology.loops > 1 or not all(isinstance(block, Block) for block in blocks):
+        if (
+            not blocks
+            or module.reads_pooled
+            or topology.loops > 1
+            or not all(isinstance(block, Block) for block in blocks)
+        ):
             return {}
         rows = self.batch * (2 if self.spec.pair else 1)
         shape = (rows, module.embed.grid[0] + module.with_cls, *module.embed.grid[1:])

@@ -1,7 +1,7 @@
 """Inference latency and peak memory of two configs on this device, in one run, turn by turn.
 
     python -m experiments.latency --config=configs/wide/imdb_bytes.py:deep --against=configs/wide/imdb_bytes.py:wide
-        [--batch=1,32] [--lengths=1000,4000] [--rounds=7] [--seconds=0.5] [--record=results/latency.jsonl]
+        [--batch=1,32] [--lengths=1000,4000] [--read=all,pooled] [--rounds=7] [--record=results/latency.jsonl]
 
 Each side of each case is a process of its own, with its forward pass compiled for one batch and length. The two take
 turns, each repeating the pass for about --seconds; a time is the median of a turn, a figure the median over rounds
@@ -9,16 +9,21 @@ turns, each repeating the pass for about --seconds; a time is the median of a tu
 the steadier figure. Inputs are random and without padding, parameters
 fresh: no data set is read. --lengths replaces the length of the task's inputs; --config.* overrides hold for both.
 
+--read=all,pooled measures every case twice: as it is, and with model.read=pooled, where the last layer computes the one
+token that the classifier reads and nothing else. The logits are the same but for rounding.
+
 Memory: "compiled" is what the compiler says of the program, "resident" the most that the process held while it ran
 (on an accelerator: the most in use on the device).
 
 Parts: the same parameters run apart, each part over all layers in a row. "projections" are the matrices of the token
-mixers, "mixing" what else these do (scores, softmax, weighted sums), "rest" what the parts leave of the whole, embedding,
-norms, residuals and head: it carries the errors of all, and can come out below zero.
+mixers, "mixing" what else these do (scores, softmax, weighted sums), "rest" what the parts leave of the whole:
+embedding, norms, residuals and head. It carries the errors of all, and can come out below zero. Not with
+model.read=pooled.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -31,6 +36,8 @@ from typing import Any
 from arch.errors import ConfigError
 from experiments import cli, turns
 from experiments import config as configs
+
+READS = {"all": "all tokens", "pooled": "the CLS token alone"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +149,8 @@ def text(record: dict[str, Any]) -> str:
     names = [name for name in record if isinstance(record[name], dict) and "milliseconds" in record[name]]
     sides, ratio = [record[name] for name in names], record["ratio"]
     length = "the task's length" if record["length"] is None else f"length {record['length']}"
-    lines = [f"batch {record['batch']}, {length}", f"  {'':22}{names[0]:>26}{names[1]:>26}{'ratio':>24}"]
+    read = "" if record["read"] is None else f", the last layer computes {READS[record['read']]}"
+    lines = [f"batch {record['batch']}, {length}{read}", f"  {'':22}{names[0]:>26}{names[1]:>26}{'ratio':>24}"]
 
     def row(what: str, values: list[str], last: str = "") -> None:
         lines.append(f"  {what:22}{values[0]:>26}{values[1]:>26}{last:>24}".rstrip())
@@ -179,6 +187,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--against", help="the other config, FILE.py[:ARG]")
     parser.add_argument("--batch", default="1,32", help="batch sizes")
     parser.add_argument("--lengths", help="input lengths; the task's own by default")
+    parser.add_argument("--read", help="of model.read: all, pooled or both; as the configs say by default")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.5, help="a turn lasts so long, and one pass at least")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="processor cores of a side")
@@ -197,15 +206,16 @@ def main(argv: list[str]) -> int:
     batches = numbers(flags.batch, "--batch")
     lengths: list[int | None] = [*numbers(flags.lengths, "--lengths")] if flags.lengths else [None]
     sources = dict(zip(labels(source, flags.against), (source, flags.against)))
+    reads: list[str | None] = [*flags.read.split(",")] if flags.read else [None]
+    changed = {read: {**overrides, **({} if read is None else {"model.read": read})} for read in reads}
     for each in sources.values():
-        configs.configure(each, overrides)  # a mistake is told before anything starts
-    for length in lengths:
-        for batch in batches:
-            cases = {
-                name: Case(each, dict(overrides), batch, length, not flags.no_parts) for name, each in sources.items()
-            }
+        for change in changed.values():
+            configs.configure(each, change)  # a mistake is told before anything starts
+    for length, batch in itertools.product(lengths, batches):
+        for read, change in changed.items():
+            cases = {name: Case(each, change, batch, length, not flags.no_parts) for name, each in sources.items()}
             found = measure(cases, rounds=flags.rounds, seconds=flags.seconds, threads=flags.threads)
-            about = {"bench": "latency", "batch": batch, "length": length, "overrides": dict(overrides)}
+            about = {"bench": "latency", "batch": batch, "length": length, "read": read, "overrides": overrides}
             record = {**about, "rounds": flags.rounds, "threads": flags.threads, **found, **turns.origin()}
             print(text(record), flush=True)
             if flags.record:
