@@ -1,6 +1,7 @@
 """What is in a task: prepares it, then prints its hash, sizes, lengths and class shares.
 
 Run: python -m experiments.data listops [--max_length=128 ...] [--json] [--export_tsv=DIR]
+     python -m experiments.data imdb --data_dir=FOLDER
 The options are the task's own. --export_tsv writes LRA's basic_*.tsv.
 """
 
@@ -22,29 +23,29 @@ from experiments.data import listops_tsv
 MOST_CLASSES = 20  # shares are printed of no more, and are in the JSON object of all
 
 
-def describe(lengths: np.ndarray, targets: np.ndarray, num_classes: int) -> dict[str, Any]:
+def describe(count: int, lengths: np.ndarray | None, targets: np.ndarray, num_classes: int) -> dict[str, Any]:
     """Size, length statistics and class shares of a split, whose targets are those of all that is scored."""
-    p10, median, p90 = np.percentile(lengths, (10, 50, 90)).tolist()
     shares = np.bincount(targets, minlength=num_classes) / targets.size
-    return {
-        "examples": lengths.size,
-        "scored": targets.size,
-        "length": {
+    found: dict[str, Any] = {"examples": count, "scored": targets.size}
+    if lengths is not None:
+        p10, median, p90 = np.percentile(lengths, (10, 50, 90)).tolist()
+        found["length"] = {
             "mean": float(lengths.mean()), "p10": p10, "median": median, "p90": p90,
             "min": int(lengths.min()), "max": int(lengths.max()),
-        },
-        "majority": float(shares.max()),
-        "class_shares": shares.tolist(),
-    }  # fmt: skip
+        }  # fmt: skip
+    return {**found, "majority": float(shares.max()), "class_shares": shares.tolist()}
 
 
-def columns(task: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of a split: the length of each example, and every target."""
-    if not task.token_labels:
-        examples = task.examples(split)
-        return examples.lengths, examples.labels
-    source = task.source(split)
-    return np.full(len(source), task.spec.length), source.targets
+def columns(task: Any, split: str) -> tuple[int, np.ndarray | None, np.ndarray]:
+    """Of a split: how many examples, the length of each text of each (None: images), and every target."""
+    if task.token_labels:
+        source = task.source(split)
+        return len(source), np.full(len(source), task.spec.length), source.targets
+    if not hasattr(task, "examples"):
+        raise ConfigError("task", "is not held in memory, so there is nothing to count; train on it to read it")
+    examples = task.examples(split)
+    lengths = getattr(examples, "lengths", None)
+    return len(examples), None if lengths is None else lengths.ravel(), examples.labels
 
 
 def report(name: str, task: Any) -> dict[str, Any]:
@@ -53,12 +54,12 @@ def report(name: str, task: Any) -> dict[str, Any]:
     task.prepare()
     seconds = time.perf_counter() - start
     splits = {split: columns(task, split) for split in task.splits}
-    lengths, targets = zip(*splits.values())
-    splits["all"] = np.concatenate(lengths), np.concatenate(targets)
-    variant = {} if task.token_labels else {"variant": task.variant if task.tsv_dir is None else task.tsv_dir}
+    counts, lengths, targets = zip(*splits.values())
+    every = None if lengths[0] is None else np.concatenate(lengths)
+    splits["all"] = sum(counts), every, np.concatenate(targets)
     return {
         "task": name,
-        **variant,
+        **about(task),
         "content_hash": task.content_hash,
         "seconds": seconds,
         "chance": task.chance,
@@ -66,14 +67,21 @@ def report(name: str, task: Any) -> dict[str, Any]:
     }
 
 
+def about(task: Any) -> dict[str, str]:
+    """Which data it is: the variant that was made, or the folder that was read; and what has to be said of it."""
+    read = getattr(task, "tsv_dir", None) or getattr(task, "variant", None) or getattr(task, "folder", None)
+    found = {"variant": read and str(read), "note": getattr(task, "note", None)}
+    return {key: value for key, value in found.items() if value}
+
+
 def table(facts: dict[str, Any]) -> str:
-    lines = [f"{key:13} {facts[key]}" for key in ("task", "variant", "content_hash", "chance") if key in facts]
+    lines = [f"{key:13} {facts[key]}" for key in ("task", "variant", "note", "content_hash", "chance") if key in facts]
     lines += [f"{'prepared in':13} {facts['seconds']:.1f} s", ""]
-    names = ("examples", "scored", "mean", "p10", "median", "p90", "min", "max", "majority")
-    lines.append(f"{'split':11}" + "".join(f"{name:>9}" for name in names))
+    sizes = facts["splits"]["all"].get("length", {})
+    lines.append(f"{'split':11}" + "".join(f"{name:>9}" for name in ("examples", "scored", *sizes, "majority")))
     for name, split in facts["splits"].items():
         cells = [f"{split['examples']:,}", f"{split['scored']:,}"]
-        cells += [f"{split['length'][column]:.0f}" for column in names[2:-1]]
+        cells += [f"{split['length'][size]:.0f}" for size in sizes]
         lines.append(f"{name:11}" + "".join(f"{cell:>9}" for cell in [*cells, f"{split['majority']:.1%}"]))
     classes = range(len(facts["splits"]["all"]["class_shares"]))
     if len(classes) > MOST_CLASSES:
@@ -92,7 +100,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--export_tsv", type=Path, metavar="DIR", help="write LRA's basic_*.tsv there")
     flags, rest = parser.parse_known_args(argv)
     task = TASKS.build({"name": flags.task, **options(flags.task, rest)}, path="task")
-    if flags.export_tsv is not None and task.token_labels:
+    if flags.export_tsv is not None and flags.task != "listops":
         raise ConfigError("--export_tsv", f"writes ListOps as LRA keeps it, and {flags.task} has no such form")
     facts = report(flags.task, task)
     print(json.dumps({**facts, **environment.describe()}) if flags.json else table(facts))

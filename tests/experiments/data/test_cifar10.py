@@ -14,6 +14,7 @@ from arch.errors import ConfigError
 from arch.registry import TASKS
 from arch.schema import resolve
 from experiments.data import cifar10_files, images
+from experiments.data.__main__ import main
 from experiments.data.cifar10 import CIFAR10
 from experiments.data.cifar10_files import BATCHES, CLASSES
 from experiments.data.pipeline import eval_batches, train_batches
@@ -264,3 +265,12 @@ def test_options_that_contradict(options, path):
     with pytest.raises(ConfigError) as error:
         TASKS.build({"name": "cifar10", **resolve(options, TASKS.options("cifar10"), "task")}, path="task")
     assert error.value.path == path
+
+
+def test_the_command_says_which_copy(tmp_path, capsys):
+    as_jpegs(tmp_path)
+    options = [f"--data_dir={tmp_path}", "--copy=JPEG-75", "--published=False", "--validation_examples=5"]
+    assert main(["cifar10", *options]) == 0
+    out = capsys.readouterr().out
+    assert "JPEG-75, not official CIFAR-10" in out
+    assert "median" not in out, "images have no length"

@@ -12,6 +12,7 @@ from arch.errors import ConfigError
 from arch.registry import TASKS
 from arch.schema import resolve
 from experiments.data import imdb_files
+from experiments.data.__main__ import main
 from experiments.data.imdb import IMDb
 from experiments.data.pipeline import eval_batches, train_batches
 from experiments.data.store import DataError
@@ -211,3 +212,17 @@ def test_options_that_contradict(options, path):
     with pytest.raises(ConfigError) as error:
         TASKS.build({"name": "imdb", **resolve(options, TASKS.options("imdb"), "task")}, path="task")
     assert error.value.path == path
+
+
+def test_the_command_describes_it(reviews, capsys):
+    options = ["--published=False", "--validation_examples=4", "--max_length=40"]
+    assert main(["imdb", f"--data_dir={reviews}", *options, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["content_hash"] == task(reviews).content_hash
+    assert facts["variant"] == str(reviews)
+    assert {name: x["examples"] for name, x in facts["splits"].items()} == {
+        "train": 20, "validation": 4, "test": 22, "all": 46,
+    }  # fmt: skip
+    assert facts["splits"]["all"]["length"]["max"] == 40
+    assert main(["imdb", f"--data_dir={reviews / 'no'}"]) == 2
+    assert capsys.readouterr().err.startswith("no IMDb reviews in ")

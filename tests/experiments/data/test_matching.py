@@ -6,6 +6,7 @@ import pytest
 
 from arch.errors import ConfigError
 from experiments import config as configs
+from experiments.data.__main__ import main
 from experiments.data.matching import SIZES, Matching
 from experiments.data.pipeline import eval_batches, train_batches
 from experiments.data.store import DataError
@@ -140,3 +141,10 @@ def test_a_model_learns_whether_two_texts_are_one(tmp_path):
     assert losses[-1] < 0.1 < 0.4 < losses[0]
     assert found["accuracy"] == 1
     assert found["examples"] == 8
+
+
+def test_the_command_counts_texts_and_pairs(folder, capsys):
+    assert main(["matching", f"--data_dir={folder}", "--published=False", "--max_length=12"]) == 0
+    rows = {line.split()[0]: line.split() for line in reversed(capsys.readouterr().out.splitlines()) if line}
+    assert rows["split"][1:] == ["examples", "scored", "mean", "p10", "median", "p90", "min", "max", "majority"]
+    assert rows["train"][1] == "5", rows
