@@ -135,7 +135,14 @@ def too_deep(source: str, path: str, rng: random.Random) -> tuple[str, str]:
     return f"--config.{path}.more=1", f"config.{path}.more: config.{path} is a single value"
 
 
-def unknown_part(source: str, path: str, rng: random.Random) -> tuple[str, str]:
+def metaformer(source: str) -> bool:
+    """Its layers are one pattern over one depth."""
+    return TREES[source]["model"]["topology"] == "metaformer"
+
+
+def unknown_part(source: str, path: str, rng: random.Random) -> tuple[str, str] | None:
+    if not metaformer(source):
+        return None
     name = edited(rng.choice(TREES[source]["model"]["layers"]), rng)
     if name in TREES[source]["model"]["parts"] or not name:
         name = "zzz"
@@ -143,7 +150,7 @@ def unknown_part(source: str, path: str, rng: random.Random) -> tuple[str, str]:
 
 
 def indivisible(source: str, path: str, rng: random.Random) -> tuple[str, str] | None:
-    for name, part in TREES[source]["model"]["parts"].items():
+    for name, part in TREES[source]["model"]["parts"].items() if metaformer(source) else ():
         if part.get("num_heads", 1) > 1 and part.get("head_dim") is None:
             width = TREES[source]["model"]["width"] + rng.randrange(1, part["num_heads"])
             return f"--config.model.width={width}", f"config.model.parts.{name}.num_heads: {part['num_heads']} does not"
@@ -165,13 +172,17 @@ def long_warmup(source: str, path: str, rng: random.Random) -> tuple[str, str] |
 
 def causal_cls(source: str, path: str, rng: random.Random) -> tuple[str, str] | None:
     model = TREES[source]["model"]
+    if not metaformer(source):
+        return None
     able = all("causal" in MIXERS[model["parts"][name]["kind"]].modes for name in model["layers"])
     if model["head"].get("pooling") != "cls" or not able:
         return None
     return "--config.model.causal=true", "config.model.head.pooling:"
 
 
-def no_layer(source: str, path: str, rng: random.Random) -> tuple[str, str]:
+def no_layer(source: str, path: str, rng: random.Random) -> tuple[str, str] | None:
+    if not metaformer(source):
+        return None
     depth = TREES[source]["model"]["depth"] + rng.randrange(5)
     return f"--config.model.layer_overrides=(({depth}, 'mlp'),)", "config.model.layer_overrides: there is no layer"
 
