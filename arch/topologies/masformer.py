@@ -8,10 +8,9 @@ Differences from the paper: any pair of mixers may hold the two roles, and the l
 has causal softmax attention in both, within fixed blocks in the near layers, and the full layers at the bottom.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
 
 from arch.errors import ConfigError
 from arch.positions import Rotary
@@ -74,22 +73,8 @@ class MASFormer(Stack):
             rotary=rotary,
             remat=remat,
             scan=scan,
+            last_norm=True,
         )
-        self.norm = made.norm(width) if norm_placement == "pre" else None
-
-    def __call__(
-        self,
-        x: Float[Array, "B *A D"],
-        *,
-        keep: Bool[Array, "B *A"] | None = None,
-        segment_ids: Int[Array, "B *A"] | None = None,
-    ) -> Float[Array, "B *A D"]:
-        x = super().__call__(x, keep=keep, segment_ids=segment_ids)
-        return x if self.norm is None else self.norm(x)
-
-    def step(self, x: Float[Array, "B D"], states: list[Any]) -> tuple[Float[Array, "B D"], list[Any]]:
-        x, after = super().step(x, states)
-        return (x if self.norm is None else self.norm(x)), after
 
 
 def full_layers(depth: int, num_full: int | None, where: Where) -> tuple[int, ...]:

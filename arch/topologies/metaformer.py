@@ -3,10 +3,7 @@
 Source: Yu et al. 2022, arXiv:2111.11418.
 """
 
-from typing import Any
-
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
 
 from arch.errors import ConfigError
 from arch.positions import Rotary
@@ -78,29 +75,8 @@ class MetaFormer(Stack):
             remat=remat,
             scan=scan,
             loops=loops,
+            last_norm=True,
         )
-        self.norm = made.norm(width) if norm_placement == "pre" else None
-
-    def __call__(
-        self,
-        x: Float[Array, "B *A D"],
-        *,
-        keep: Bool[Array, "B *A"] | None = None,
-        segment_ids: Int[Array, "B *A"] | None = None,
-    ) -> Float[Array, "B *A D"]:
-        x = super().__call__(x, keep=keep, segment_ids=segment_ids)
-        return x if self.norm is None else self.norm(x)
-
-    def read(
-        self, x: Float[Array, "B T D"], count: int, *, keep: Bool[Array, "B T"] | None = None
-    ) -> Float[Array, "B P D"]:
-        """The first `count` tokens alone."""
-        x = self.read_first(x, count, keep=keep)
-        return x if self.norm is None else self.norm(x)
-
-    def step(self, x: Float[Array, "B D"], states: list[Any]) -> tuple[Float[Array, "B D"], list[Any]]:
-        x, states = super().step(x, states)
-        return (x if self.norm is None else self.norm(x)), states
 
 
 def pattern(layers: tuple[str, ...], overrides: tuple[tuple[int, str], ...], depth: int) -> list[str]:

@@ -28,7 +28,7 @@ TURN = 1 << 10  # random counts apart from one turn of a loop to the next
 
 
 class Stack(nnx.Module):
-    """Blocks in a row, layers[i] naming the parts of block i; no norm behind them.
+    """Blocks in a row, layers[i] naming the parts of block i; with last_norm one more norm behind pre-norm blocks.
 
     loops runs the row so many times with the same weights (Dehghani et al. 2018, arXiv:1807.03819, without its time
     embedding and halting). scan stacks the parameters of layers that repeat on a leading axis and runs each such run
@@ -51,6 +51,7 @@ class Stack(nnx.Module):
         remat: str = "none",
         scan: bool = False,
         loops: int = 1,
+        last_norm: bool = False,
     ):
         for mixer, channel in layers:
             parts.require("layers", mixer, MIXERS)
@@ -77,17 +78,26 @@ class Stack(nnx.Module):
 
         if not scan:
             self.blocks: Any = nnx.List([make(i) for i in range(len(layers))])
-            return
+        else:
+            self.blocks = self._scanned(make, layers, parts.rngs)
+        self.norm = parts.norm(width) if last_norm and parts.placement == "pre" else None
+
+    def _scanned(self, make: Callable[..., Block], layers: Sequence[Layer], rngs: nnx.Rngs) -> Any:
+        """What repeats as Repeated, the rest as it is."""
         runs = repeats(layers)
         if all(times == 1 for _, _, times in runs):
             raise ConfigError("scan", "no layer repeats, so there is nothing to scan over; set scan=False")
-        self.blocks = nnx.List([])
+        blocks: Any = nnx.List([])
         for start, period, times in runs:
             if times == 1:
-                self.blocks.append(make(start))
+                blocks.append(make(start))
             else:
                 places = range(start, start + period)
-                self.blocks.append(Repeated(functools.partial(_each, make, places), times, remat, rngs=parts.rngs))
+                blocks.append(Repeated(functools.partial(_each, make, places), times, self.remat, rngs=rngs))
+        return blocks
+
+    def _last(self, x: Array) -> Array:
+        return x if self.norm is None else self.norm(x)
 
     def __call__(
         self,
@@ -99,7 +109,7 @@ class Stack(nnx.Module):
         for turn in range(self.loops):
             for i in range(len(self.blocks)):
                 x = self._block(i, turn, x, keep=keep, segment_ids=segment_ids)
-        return x
+        return self._last(x)
 
     def _block(self, i: int, turn: int, x: Array, **masks: Array | None) -> Array:
         block = self.blocks[i]
@@ -113,7 +123,7 @@ class Stack(nnx.Module):
                 add_loss(self, loss)
         return x
 
-    def read_first(
+    def read(
         self, x: Float[Array, "B T D"], count: int, *, keep: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B P D"]:
         """What __call__ gives at the first `count` tokens, but for rounding: the last block computes no others."""
@@ -121,7 +131,8 @@ class Stack(nnx.Module):
         for i in range(last):
             x = self._block(i, 0, x, keep=keep, segment_ids=None)
         with jax.named_scope(f"blocks/{last}"):
-            return self.blocks[last].read(x, count, keep=keep)
+            x = self.blocks[last].read(x, count, keep=keep)
+        return self._last(x)
 
     def check_read(self) -> None:
         """Raises where the last block is not one of its own."""
@@ -137,7 +148,7 @@ class Stack(nnx.Module):
         for i, state in enumerate(states):
             x, state = self.blocks[i % len(self.blocks)].step(x, state)
             after.append(state)
-        return x, after
+        return self._last(x), after
 
 
 def _each(make: Callable[[int, nnx.Rngs], Block], places: Sequence[int], rngs: nnx.Rngs) -> list[Block]:
