@@ -21,6 +21,7 @@ from arch.errors import ConfigError
 from experiments import cli, environment
 from experiments import config as configs
 from experiments.checkpoint import Checkpoints, Damaged
+from experiments.data.task import note
 from experiments.files import read_json
 from experiments.program import Program, different
 
@@ -43,7 +44,7 @@ def choose(checkpoints: Checkpoints, which: str) -> int:
 
 def evaluate(folder: Path, which: str, split: str, overrides: Mapping[str, str] = MappingProxyType({})) -> dict:
     """{"run", "checkpoint", "step", "split", the objective's metrics, "examples"}, the majority-class level of a
-    classifier's split, and the overrides if any."""
+    classifier's split, the task's note and the overrides if any."""
     program, params, step = checkpoint(folder, which, overrides)
     program.task.prepare()
     if split not in program.task.splits:
@@ -53,7 +54,8 @@ def evaluate(folder: Path, which: str, split: str, overrides: Mapping[str, str] 
     assert scores is not None  # nothing asks it to stop
     about = {"run": str(folder), "checkpoint": which, "step": step, "split": split}
     level = {"majority": program.task.majority(split)} if "accuracy" in scores else {}
-    return {**about, **scores, **level, **({"overrides": overrides} if overrides else {})}
+    told = {"note": note(program.task)} if note(program.task) else {}
+    return {**about, **scores, **level, **told, **({"overrides": overrides} if overrides else {})}
 
 
 def checkpoint(
@@ -98,7 +100,8 @@ def main(argv: list[str]) -> int:
     print(json.dumps(found))
     level = f"accuracy {found['accuracy']:.4f} (majority {found['majority']:.4f}), " if "accuracy" in found else ""
     print(
-        f"step {found['step']}: {found['split']} {level}loss {found['loss']:.4f}, {found['examples']} examples",
+        f"step {found['step']}: {found['split']} {level}loss {found['loss']:.4f}, {found['examples']} examples"
+        + (f" ({found['note']})" if "note" in found else ""),
         file=sys.stderr,
     )
     return 0

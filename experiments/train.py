@@ -28,6 +28,7 @@ from experiments import cli, continual, environment
 from experiments import config as configs
 from experiments.checkpoint import Checkpoints, Damaged, param_hash
 from experiments.data.store import DataError
+from experiments.data.task import note
 from experiments.files import read_json, write_json
 from experiments.metrics import Ledger, Metrics, Progress, Stopwatch, Window
 from experiments.program import AHEAD, Program
@@ -190,7 +191,8 @@ def run(program: Program, workdir: Path, stopping: Stopping, progress: Progress,
             if found is not None:
                 notes["evaluated"], notes["last"] = step, found
                 metrics.write(step, "validation", seconds=round(watch.total, 3), **found)
-                progress.say(f"step {step}/{steps}  validation {scored(found, task.majority('validation'))}")
+                told = scored(found, task.majority("validation"))
+                progress.say(f"step {step}/{steps}  validation {told}{note(task, '  ({})')}")
                 if notes["best"] is None or objective.rank(found) > objective.rank(notes["best"]):
                     best_before, notes["best"], save = notes["best"], {"step": step, **found}, True
             stop = stop or stopping()
@@ -239,7 +241,7 @@ def run(program: Program, workdir: Path, stopping: Stopping, progress: Progress,
     print(
         f"{workdir}: done, {step} steps; test {scored(test, task.majority('test'), only=objective.judged_by)},", end=" "
     )
-    print(f"{at_best} at the best validation step {best['step']}")
+    print(f"{at_best} at the best validation step {best['step']}{note(task, ' ({})')}")
     return 0
 
 
@@ -339,6 +341,7 @@ def summary(
             "name": program.config["task"]["name"],
             "content_hash": task.content_hash,
             **levels,
+            **({"note": note(task)} if note(task) else {}),
         },
     }
 

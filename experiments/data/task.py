@@ -158,6 +158,12 @@ def hold_out(count: int, held: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[held:]), np.sort(order[:held])
 
 
+def note(task: Any, form: str = "{}") -> str:
+    """What has to stand beside the task's figures, in a form such as " ({})"; nothing for most tasks."""
+    text = getattr(task, "note", "")
+    return form.format(text) if text else ""
+
+
 def data_root(data_dir: str | None) -> Path:
     """Where data sets live: data_dir, else $ARCHLOOM_DATA, else ~/.cache/archloom/data."""
     return Path(data_dir or os.environ.get("ARCHLOOM_DATA") or "~/.cache/archloom/data").expanduser().absolute()

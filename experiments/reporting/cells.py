@@ -11,7 +11,7 @@ from experiments.formats import number, percent
 from experiments.reporting.statistics import student_t, wilson
 from experiments.runs import Run, flatten, read_runs
 
-# LRA's own settings [google-research/long-range-arena @ cd31e5c, listops/]; None: LRA's value is the default.
+# LRA's own settings [google-research/long-range-arena @ cd31e5c]; None: LRA's value is the default.
 LRA = {
     "listops": {
         "max_length": (2000,),
@@ -21,7 +21,9 @@ LRA = {
         "train_examples": (96_000,),
         "validation_examples": (2_000,),
         "test_examples": (2_000,),
-    }
+    },
+    "imdb": {"level": ("bytes",), "max_length": (1000,), "protocol": ("release",), "published": (True,)},
+    "matching": {"max_length": (4000,), "published": (True,)},
 }
 WHERE = ("name", "data_dir")  # options of a task that say nothing about its examples
 SAME = ("train.steps", "train.batch_size", "train.precision")  # a comparison holds these equal, or says so
@@ -179,7 +181,9 @@ def read_table(root: Path, task: str) -> Table:
     keys = [*first, *(key for key in flat[0] if key.startswith("task.") and key not in first), *SAME]
     settings = {key: flat[0].get(key) for key in keys if all(other.get(key) == flat[0].get(key) for other in flat)}
     settings = {key: value for key, value in settings.items() if key.removeprefix("task.") not in WHERE}
-    return Table(task, tuple(cells), settings, _departures(task, flat), [*warnings, *_mixtures(cells, flat)])
+    notes = distinct(run.summary["task"].get("note") for run in found if run.summary and run.summary.get("task"))
+    warnings = [*(text for text in notes if text), *warnings, *_mixtures(cells, flat)]
+    return Table(task, tuple(cells), settings, _departures(task, flat), warnings)
 
 
 def label(groups: dict[str, list[Run]]) -> dict[str, str]:
@@ -261,4 +265,5 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:
-    return sorted(set(values), key=lambda value: (value is None, value))
+    plain = {tuple(value) if isinstance(value, list) else value for value in values}
+    return sorted(plain, key=lambda value: (value is None, value))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.formats import number, optional, percent, scaled
-from experiments.reporting.cells import Cell, Table
+from experiments.reporting.cells import LRA, Cell, Table
 
 HEADINGS = (
     "architecture", "test accuracy", "95 % interval", "interval of", "majority", "against majority", "chance",
@@ -27,6 +27,8 @@ def heading(table: Table) -> str:
 
 def protocol(table: Table) -> str:
     """Whether the data is LRA's."""
+    if table.task not in LRA:
+        return "Not a task of Long Range Arena's."
     if not table.departures:
         return "The data is at Long Range Arena's setting."
     return "Not Long Range Arena's setting, do not compare with its tables: " + "; ".join(table.departures) + "."

@@ -3,6 +3,7 @@
 import csv
 import html.parser
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,22 @@ def test_a_seed_run_twice_counts_once(tmp_path):
 def test_lra_setting_needs_no_apology(tmp_path):
     fake_runs.write(tmp_path, "a", "a" * 12, task={"max_length": 2000, "train_examples": 96000})
     assert protocol(read_table(tmp_path, "listops")) == "The data is at Long Range Arena's setting."
+
+
+def test_what_is_not_lras_does_not_say_it_is(tmp_path):
+    """And what the task says of its data stands first among the warnings."""
+    folder = fake_runs.write(tmp_path, "a", "a" * 12, task={"name": "cifar10", "copy": "JPEG-75"})
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["task"]["note"] = "JPEG-75, not official CIFAR-10"
+    fake_runs.save(folder / "summary.json", summary)
+    table = read_table(tmp_path, "cifar10")
+    assert protocol(table) == "Not a task of Long Range Arena's."
+    assert table.warnings == ["JPEG-75, not official CIFAR-10"]
+    assert tables.main(["cifar10", f"--runs={tmp_path}"]) == 0
+    for file in ("table.md", "table.tex", "report.html"):
+        assert "JPEG-75, not official CIFAR-10" in (tmp_path / "tables" / "cifar10" / file).read_text()
+    fake_runs.write(tmp_path / "b", "b", "b" * 12, task={"name": "imdb", "level": "bytes", "protocol": "sound"})
+    assert "protocol sound (LRA: release)" in protocol(read_table(tmp_path / "b", "imdb"))
 
 
 def test_mistakes_are_one_line(root, capsys):
