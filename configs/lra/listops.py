@@ -7,13 +7,15 @@ The release evaluates every 50 steps; here every 250, which a CPU can bear. Its 
 Not yet measured at this size: it wants an accelerator.
 """
 
+from typing import Any
+
 from configs import parts
 
 TABLE = (
     *("softmax", "local", "sparse", "longformer", "linformer", "reformer", "sinkhorn", "synthesizer", "bigbird"),
     *("linear", "performer"),
 )
-RELEASE = {"performer": {"kernel": "softmax", "num_features": 2, "redraw": True}}
+RELEASE: dict[str, dict[str, Any]] = {"performer": {"kernel": "softmax", "num_features": 2, "redraw": True}}
 
 
 def get_config(mixer: str = "softmax"):

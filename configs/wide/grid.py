@@ -10,6 +10,8 @@ itself is in no file of that code: it is the total of the base sizes, 48 heads o
 The ten attentions of the paper, and Reformer, which its code lists with a warning and its tables leave out.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import parts
@@ -33,7 +35,7 @@ def golden(heads: int) -> tuple[str, ...]:
 
 
 def model(
-    arg: str, *, heads: int, width: int, hidden: int, head: str = "classifier", pooling: str = "cls", **mixer: object
+    arg: str, *, heads: int, width: int, hidden: int, head: str = "classifier", pooling: str = "cls", **mixer: Any
 ) -> ConfigDict:
     """The model of an argument; `heads` in all, `hidden` of the feed-forward blocks and of the head."""
     depth, in_each = map(int, RATIOS[heads][0].split("x"))
@@ -49,7 +51,7 @@ def model(
     return parts.wide(deep, int(ratio.partition("x")[0]))
 
 
-def experiment(task: str, *, steps: int, warmup: int, **task_options: object) -> ConfigDict:
+def experiment(task: str, *, steps: int, warmup: int, **task_options: Any) -> ConfigDict:
     """The training of the paper's code."""
     config = parts.base(task=task, steps=steps, batch_size=32, **task_options)
     config.optimizer.schedule.warmup = warmup
@@ -57,6 +59,6 @@ def experiment(task: str, *, steps: int, warmup: int, **task_options: object) ->
     return config
 
 
-def sweep(heads: int) -> list[dict]:
+def sweep(heads: int) -> list[dict[str, Any]]:
     """Every attention at every aspect ratio, three seeds."""
     return [{"arg": name, "seed": seed} for name in names(heads) for seed in range(3)]

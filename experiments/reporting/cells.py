@@ -12,7 +12,7 @@ from experiments.reporting.statistics import student_t, wilson
 from experiments.runs import Run, flatten, read_runs
 
 # LRA's own settings [google-research/long-range-arena @ cd31e5c]; None: LRA's value is the default.
-LRA = {
+LRA: dict[str, dict[str, tuple[Any, ...]]] = {
     "listops": {
         "max_length": (2000,),
         "min_length": (None, 500),
