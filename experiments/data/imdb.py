@@ -12,7 +12,7 @@ release: all of the train half trains, and the validation split is the test spli
 what it is then scored on. Half of either half is negative: chance and majority class are 50 %.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,7 @@ from arch.schema import NonNegative, Positive
 from arch.spec import InputSpec
 from experiments.data import imdb_files
 from experiments.data.imdb_files import HASH, SIZE
+from experiments.data.spelling import from_bytes
 from experiments.data.store import DataError
 from experiments.data.task import Padded, TokenExamples, content_hash, data_root, hold_out
 
@@ -61,6 +62,7 @@ class IMDb:
         self.folder = data_root(None) / "imdb" if data_dir is None else Path(data_dir).expanduser()
         self.spec = InputSpec(257 if level == "bytes" else vocab_size, num_classes=2, length=max_length)
         self._examples: dict[str, TokenExamples] = {}
+        self._vocabulary: dict[int, str] = {}
         self._hash = ""
 
     @property
@@ -110,6 +112,7 @@ class IMDb:
             if name != "validation" or self.protocol == "sound"
         }
         ids = imdb_files.vocabulary(texts["train"], self.spec.vocab_size - 2)
+        self._vocabulary = {i: word for word, i in ids.items()}
         length = self.spec.length
         encoded = {
             name: TokenExamples.pack(
@@ -127,6 +130,13 @@ class IMDb:
         """A split, cut but not padded; bytes as they are, words as ids."""
         self.prepare()
         return self._examples[split]
+
+    def spell(self, ids: Iterable[int]) -> list[str]:
+        """Bytes as characters, words with a space behind."""
+        if self.level == "bytes":
+            return from_bytes(ids)
+        self.prepare()
+        return [self._vocabulary.get(i, "?") + " " for i in ids]
 
     def source(self, split: str) -> Padded:
         return Padded(self.examples(split), self.spec.length, shift=1 if self.level == "bytes" else 0)

@@ -7,7 +7,7 @@ from data_seed, or LRA's own files with tsv_dir.
 Chance is 10 %, but the majority class has about 17 % (classes 0 and 9): print `majority` beside every accuracy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from arch.errors import ConfigError
@@ -125,6 +125,10 @@ class ListOps:
         """A split, not padded."""
         self.prepare()
         return self._examples[split]
+
+    def spell(self, ids: Iterable[int]) -> list[str]:
+        """The words of the expression, with a space behind."""
+        return [TOKENS[i] + " " for i in ids]
 
     def source(self, split: str) -> Padded:
         return Padded(self.examples(split), self.spec.length)

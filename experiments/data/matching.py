@@ -11,7 +11,7 @@ The files are LRA's, one for each split, without a header, quotes not special:
 A text that occurs in many pairs is held once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from arch.errors import ConfigError
 from arch.registry import TASKS
 from arch.schema import Positive
 from arch.spec import InputSpec
+from experiments.data.spelling import from_bytes
 from experiments.data.store import DataError
 from experiments.data.task import Example, TokenExamples, content_hash, data_root, majority, padded
 
@@ -146,6 +147,9 @@ class Matching:
     def examples(self, split: str) -> TokenPairs:
         self.prepare()
         return self._examples[split]
+
+    def spell(self, ids: Iterable[int]) -> list[str]:
+        return from_bytes(ids)
 
     def source(self, split: str) -> PaddedPairs:
         return PaddedPairs(self.examples(split), self.spec.length)

@@ -9,7 +9,7 @@ file with another `length` is the same task, longer or shorter, as continual tra
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +20,7 @@ from arch.errors import ConfigError
 from arch.registry import TASKS
 from arch.schema import Positive, Range
 from arch.spec import InputSpec
+from experiments.data.spelling import from_bytes
 from experiments.data.store import DataError
 from experiments.data.task import Example, data_root
 
@@ -105,6 +106,9 @@ class TextFile:
     def prepare(self) -> None:
         """Reads the file into memory."""
         _ = self._sources
+
+    def spell(self, ids: Iterable[int]) -> list[str]:
+        return from_bytes(ids)
 
     def source(self, split: str) -> Bytes:
         return self._sources[split]
