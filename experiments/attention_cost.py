@@ -1,6 +1,6 @@
 """What a MASFormer saves of its attention, counted and measured, beside the same model all full and all near.
 
-    python -m experiments.attention_cost --config=configs/masformer/text_file.py:1.3B --lengths=1024,2048,4096,8192,16384
+    python -m experiments.attention_cost --config=configs/masformer/text_file.py:1.3B --lengths=1024,4096,16384
     python -m experiments.attention_cost --table
 
 For each length, to standard output and as a line of results/attention_cost.jsonl:
@@ -83,7 +83,7 @@ def measure_op(model: spans.Tree, length: int, heads: int, rounds: int, seconds:
         run, (count, width) = spans.stack(side, heads)
         shapes = (1, length, count, width), (model["depth"], 3, count, width)
         given = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-        function = run if kind == "forward" else jax.grad(lambda x, s: jnp.square(run(x, s)).sum(), (0, 1))
+        function = run if kind == "forward" else jax.grad(lambda x, s: jnp.square(run(x, s)).sum())
         return jax.jit(function).lower(*given).compile(), given
 
     for name, side in spans.sides(model).items():

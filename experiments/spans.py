@@ -139,7 +139,7 @@ def counted(model: Tree, spec: InputSpec, length: int) -> float:
 
 
 def formula(model: Tree, length: int) -> float | None:
-    """The paper's (1 - l/N)(1 - w/T): the share of all-full attention that is saved; None where nothing is in blocks."""
+    """The paper's (1 - l/N)(1 - w/T), the share of all-full attention that is saved; None without blocks."""
     near = roles(model)["near"]
     if near.block is None:
         return None
@@ -167,7 +167,7 @@ def stack(model: Tree, heads: int | None = None) -> tuple[Callable[[jax.Array, j
     """The attention of all layers alone, some of the heads: (x [1 T H K], scales [N 3 H K]) -> [1 T H K], and (H, K).
 
     x <- x + attention(x s_q, x s_k, x s_v), layer after layer: a factor a channel stands for the projections, so that
-    every layer has its own queries, keys and values, and a gradient has to keep them, as in the model.
+    every layer has its own queries, keys and values, and the gradient of x has to keep them, as in the model.
     """
     spans = {role: dataclasses.replace(found, heads=heads or found.heads) for role, found in roles(model).items()}
     shape = {(found.heads, found.width) for found in spans.values()}
