@@ -4,9 +4,9 @@ Source: Maas et al. 2011, "Learning Word Vectors for Sentiment Analysis", ACL. 2
 test on, half of each negative (label 0) and half positive (label 1). A folder is read in the first of these forms that
 it has:
 
-    aclImdb/{train,test}/{neg,pos}/NUMBER_RATING.txt     as published (or the folder aclImdb itself)
-    aclImdb_v1.tar.gz                                               as published, packed
-    train.jsonl.gz, test.jsonl.gz           {"id": "train/neg/0_3", "label": 0, "text": ...} a line
+    aclImdb/{train,test}/{neg,pos}/NUMBER_RATING.txt    as published, or the folder aclImdb itself
+    aclImdb_v1.tar.gz                                   as published, packed
+    train.jsonl.gz, test.jsonl.gz                       {"id": "train/neg/0_3", "label": 0, "text": ...} a line
 
 All give the same bytes in the same order: negative before positive, each by number. A text is the bytes of its file;
 in JSON its UTF-8 form.
