@@ -164,20 +164,27 @@ def _prefixes(path: str) -> list[str]:
 def _components(model: nnx.Module) -> dict[str, str]:
     """Path of every registered position encoding, mixer, channel mixer and head in the model: "mixer softmax".
 
-    A mixer inside another belongs to it: "mixer bidirectional (mamba)".
+    A mixer inside another belongs to it: "mixer bidirectional (mamba)". A module whose class says `part` has a row of
+    that name.
     """
     found: dict[str, str] = {}
     registries = (POSITIONS, MIXERS, CHANNEL_MIXERS, HEADS)
     for keys, module in sorted(nnx.iter_modules(model), key=lambda item: len(item[0])):  # parents first
+        path = "/".join(map(str, keys))
+        if hasattr(type(module), "part"):
+            found[path] = getattr(type(module), "part")  # noqa: B009  mypy knows no class attribute
         for registry in registries:
             name = registry.name_of(type(module))
             if name is None:
                 continue
-            path = "/".join(map(str, keys))
             outer = next((p for p in _prefixes(path) if p in found), None)
             if outer is None:
                 found[path] = f"{registry.what} {name}"
             elif found[outer].startswith(registry.what) and f"({name}" not in found[outer]:
                 found[outer] += f" ({name})"
-    order = [registry.what for registry in registries]
-    return dict(sorted(found.items(), key=lambda item: next(i for i, w in enumerate(order) if item[1].startswith(w))))
+    order = [*(registry.what for registry in registries[:-1]), "", registries[-1].what]  # the head comes last
+
+    def place(name: str) -> int:
+        return next((i for i, what in enumerate(order) if what and name.startswith(what)), order.index(""))
+
+    return dict(sorted(found.items(), key=lambda item: place(item[1])))

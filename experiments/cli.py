@@ -4,6 +4,7 @@ Imports no jax, so that a sweep's parent and a table start at once.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -30,5 +31,8 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except Mistake as mistake:
             print(mistake, file=sys.stderr)
             return 2
+        except BrokenPipeError:  # whoever read the output has seen enough, as in `... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141  # as a program that SIGPIPE ends
 
     return run

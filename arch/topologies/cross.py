@@ -19,6 +19,8 @@ class Cross(nnx.Module):
     is real, x stays as it is.
     """
 
+    part = "cross-attention"  # in the table of costs
+
     def __init__(
         self, parts: Parts, *, width: int, source_width: int, num_heads: int, rngs: nnx.Rngs, field: str = "cross_heads"
     ):

@@ -149,6 +149,8 @@ class Pyramid(nnx.Module):
 class Down(nnx.Module):
     """conv(norm(x)): from one stage to the next."""
 
+    part = "downsampling"  # in the table of costs
+
     def __init__(
         self,
         inputs: int,
