@@ -36,6 +36,7 @@ from typing import Any
 from arch.errors import ConfigError
 from experiments import cli, turns
 from experiments import config as configs
+from experiments.files import read_lines
 
 READS = {"all": "all tokens", "pooled": "the CLS token alone"}
 
@@ -173,6 +174,14 @@ def text(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def show(file: Path) -> None:
+    """The tables of a file of records."""
+    for record in read_lines(file):
+        first = next(iter(record["versions"].values()))
+        print(f"{record['time']}, {first['device']}, jax {first['jax']}, commit {(record['commit'] or '?')[:7]}")
+        print(text(record) + "\n")
+
+
 def numbers(words: str, flag: str) -> list[int]:
     """1,32 as [1, 32]."""
     found = [int(word) if word.isdigit() else 0 for word in words.split(",")]
@@ -193,10 +202,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="processor cores of a side")
     parser.add_argument("--no-parts", action="store_true", help="without the breakdown")
     parser.add_argument("--record", type=Path, help="a file of JSON lines; one a case is added")
+    parser.add_argument("--show", type=Path, help="print the tables of a file of records, and nothing else")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     source, overrides, flags = configs.split(argv, parser, required=False)
     if flags.child:
         turns.serve(flags.threads, lambda: serve(Case(**json.loads(flags.child))))
+        return 0
+    if flags.show:
+        show(flags.show)
         return 0
     for flag, value in (("--config", source), ("--against", flags.against)):
         if not value:

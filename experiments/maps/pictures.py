@@ -23,11 +23,20 @@ WHITE = {"facecolor": "white"}
 
 
 def scale(values: np.ndarray) -> tuple[Any, Any]:
-    """(colour map, norm): from white at 0; blue and red about 0 where there are negative weights."""
-    highest = float(np.abs(values).max()) or 1.0
+    """(colour map, norm): from white at 0, about 0 where there are negative weights.
+
+    Of many values the largest 1 in 1000 all get the darkest colour, so that single ones do not bleach the rest.
+    """
+    size = np.abs(values).ravel()
+    highest = float(size.max() if size.size < 10_000 else np.quantile(size, 0.999)) or 1.0
     if values.min() < -1e-6 * highest:
         return SIGNED, TwoSlopeNorm(0.0, -highest, highest)
     return WARM, Normalize(0.0, highest)
+
+
+def _bar(figure: Figure, box: tuple[float, float, float, float], image: Any) -> None:
+    beyond = "max" if float(image.get_array().max()) > image.norm.vmax else "neither"
+    figure.colorbar(image, cax=figure.add_axes(box), extend=beyond).ax.tick_params(length=2, width=0.5)
 
 
 def thin(map_: np.ndarray) -> np.ndarray:
@@ -53,8 +62,9 @@ def heads(file: Path, layers: Sequence[tuple[str, np.ndarray]], tokens: Sequence
         across = min(ACROSS, max(len(weights) for _, weights in layers))
         few = len(tokens) <= FEW
         side = max(1.3, 0.13 * len(tokens)) if few else 1.5  # inches
-        margin = 0.75 + (0.06 * max(len(shown(t)) for t in tokens) if few else 0.2)
-        size = margin + across * (side + 0.14) + 0.7, 0.6 + sum(lines) * (side + 0.3) + len(lines) * 0.3 + margin - 0.35
+        labels = 0.15 + 0.07 * max(len(shown(t)) for t in tokens) if few else 0.3  # inches that the ticks' words take
+        margin = 0.4 + labels
+        size = margin + across * (side + 0.14) + 0.7, 0.6 + sum(lines) * (side + 0.3) + len(lines) * (0.2 + labels)
         figure = Figure(figsize=size)
         figure.suptitle(title, x=margin / size[0], ha="left", y=1 - 0.12 / size[1], va="top", fontsize=10)
         top = size[1] - 0.55
@@ -62,7 +72,7 @@ def heads(file: Path, layers: Sequence[tuple[str, np.ndarray]], tokens: Sequence
             squares = np.stack([thin(head) for head in weights])
             colours, norm = scale(squares)
             figure.text(margin / size[0], (top - 0.05) / size[1], name, ha="left", va="top", weight="bold")
-            top -= 0.3
+            top -= 0.2
             first = top
             for row in range(count):
                 top -= side + 0.3
@@ -80,11 +90,9 @@ def heads(file: Path, layers: Sequence[tuple[str, np.ndarray]], tokens: Sequence
                     _axis(axes.yaxis, tokens, few, column == 0)
                     axes.tick_params(axis="x", rotation=90 if few else 0)
             tall = min(first - top - 0.3, 2.5)
-            bar = figure.add_axes(
-                ((margin + across * (side + 0.14)) / size[0], (first - 0.3 - tall + 0.02) / size[1], 0.1 / size[0],
-                 tall / size[1])
-            )  # fmt: skip
-            figure.colorbar(image, cax=bar).ax.tick_params(length=2, width=0.5)
+            box = (margin + across * (side + 0.14)) / size[0], (first - 0.28 - tall) / size[1]
+            _bar(figure, (*box, 0.1 / size[0], tall / size[1]), image)
+            top -= labels
         figure.savefig(file, dpi=110, **WHITE)
 
 
@@ -115,6 +123,7 @@ def rows(file: Path, layers: Sequence[tuple[str, np.ndarray]], tokens: Sequence[
             image = axes.imshow(weights, cmap=colours, norm=norm, extent=extent, aspect="auto", interpolation="nearest")
             axes.set_title(name, loc="left", weight="bold", pad=3)
             axes.set_ylabel("head")
+            axes.set_yticks(range(1, len(weights) + 1, -(-len(weights) // 12)))
             last = n == len(layers) - 1
             if few:
                 axes.set_xticks(
@@ -125,7 +134,6 @@ def rows(file: Path, layers: Sequence[tuple[str, np.ndarray]], tokens: Sequence[
             else:
                 axes.set_xticklabels([])
             axes.tick_params(length=2, width=0.5)
-            bar = figure.add_axes(((0.8 + wide) / size[0], top / size[1], 0.1 / size[0], height / size[1]))
-            figure.colorbar(image, cax=bar).ax.tick_params(length=2, width=0.5)
+            _bar(figure, ((0.8 + wide) / size[0], top / size[1], 0.1 / size[0], height / size[1]), image)
             top -= 0.15
         figure.savefig(file, dpi=110, **WHITE)
