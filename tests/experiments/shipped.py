@@ -20,3 +20,4 @@ def _sources() -> list[str]:
 
 
 SOURCES = _sources()
+ONE_A_FILE = list({source.partition(":")[0]: source for source in SOURCES}.values())  # the last argument of each

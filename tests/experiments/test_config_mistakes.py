@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from arch import schema
 from arch.registry import CHANNEL_MIXERS, MIXERS, NORMS, OPTIMIZERS, POSITIONS, SCHEDULES, Choice
 from experiments import cli, config, train
-from tests.experiments.shipped import SOURCES
+from tests.experiments.shipped import ONE_A_FILE as SOURCES
 
 SETTINGS = settings(max_examples=650, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 NAMES = {name for r in (MIXERS, CHANNEL_MIXERS, NORMS, POSITIONS, OPTIMIZERS, SCHEDULES) for name in r.names()}
