@@ -39,6 +39,7 @@ class Cost:
     transcendentals: float = 0.0
     products: float = 0.0  # the flops of matrix products and convolutions: twice the multiply-accumulates (MACs)
     scopes: Counter[str] = field(default_factory=Counter)
+    times: dict[str, float] = field(default_factory=dict)  # how often a scope runs: the trip counts around it
     product_scopes: Counter[str] = field(default_factory=Counter)  # of the products alone
 
 
@@ -53,6 +54,7 @@ def count(function: Callable[..., Any], *args: Any) -> Cost:
             cost.products += times * flops
             cost.product_scopes[scope] += times * flops  # type: ignore[assignment]
         cost.scopes[scope] += times * flops  # type: ignore[assignment]  # a Counter of floats
+        cost.times[scope] = min(cost.times.get(scope, times), times)
     return cost
 
 

@@ -203,6 +203,15 @@ class FIT(nnx.Module):
             x = z.reshape(batch, -1, self.latent_width)
         return x if self.norm is None else self.norm(x)
 
+    def diagram(self) -> dict[str, Any]:
+        """How a drawing tells tokens and latents apart; docs/structure.md has the contract."""
+        of = {"local": "tokens", "latent": "latents", "places": "tokens", "start": "latents"}
+        return {
+            "lanes": ("tokens", "latents"),
+            "of": {**of, "read": ("tokens", "latents"), "write": ("latents", "tokens")},
+            "titles": {"start": "latents at first", "places": "places in a group"},
+        }
+
     def kept(self, keep: Bool[Array, "B *A"]) -> Bool[Array, "B ..."]:
         """Which of the tokens that leave are real."""
         if self.keeps_tokens:

@@ -17,7 +17,7 @@ FORMATS = (".svg", ".png", ".pdf")
 def picture(model: Mapping[str, Any], spec: Spec, title: str) -> scene.Scene:
     """The diagram of a config's section `model` for a task's inputs."""
     root = trace(model, spec)
-    items = [_input(root, spec), *outline(root), _output(root)]
+    items = [_input(spec), *outline(root), _output(root)]
     totals = Totals(sum(item.total for item in items), root.flops)
     form = f"causal {model['topology']}" if model.get("causal") else model["topology"]
     subtitle = f"{form}, {si(totals.params)} parameters, {si(totals.flops)} FLOPs forward (one example)"
@@ -37,10 +37,10 @@ def draw(model: Mapping[str, Any], spec: Spec, title: str, file: Path) -> scene.
     return made
 
 
-def _input(root: Call, spec: Spec) -> Node:
+def _input(spec: Spec) -> Node:
     title = "image" if isinstance(spec, ImageSpec) else "pair of token rows" if spec.pair else "token ids"
-    return Node("box", "input", title, gives=root.takes)
+    return Node("box", "input", title, gives=(1, *spec.shape))
 
 
 def _output(root: Call) -> Node:
-    return Node("box", "input", "logits", takes=root.output)
+    return Node("box", "input", "image" if len(root.output) == 4 else "logits", takes=root.output)

@@ -20,12 +20,14 @@ COLOURS = {  # kind: (fill, strong)
     "mixer": ("#fde8d3", "#cf6a12"),
     "channel mixer": ("#ece2fa", "#7443bd"),
     "norm": ("#eceff3", "#6b7885"),
+    "cross": ("#e0f2f7", "#1b7a94"),
     "sampling": ("#fbf2c6", "#9a7a00"),
     "other": ("#f1ece4", "#85735c"),
     "head": ("#fde2e9", "#bf2c58"),
 }
 TITLE, DETAIL, LABEL, HEAD = 12.0, 10.5, 10.0, 15.0
 PAD, GAP, CLOSE, LANE, HEADER, PLUS, SHEETS = 10.0, 22.0, 13.0, 22.0, 26.0, 7.0, 4.0
+LANES_APART = 60.0
 ROOM, BROAD = 230.0, 260.0  # a box's options wrap beyond ROOM; no box is stretched beyond BROAD
 TALL, HIGH, MARGIN, GUTTER = 900.0, 420.0, 22.0, 40.0  # a picture's and a frame's height that asks for columns
 
@@ -72,6 +74,9 @@ class Layout:
         if node.form == "residual":
             w, h = self.flow_size(node.items, CLOSE)
             return w + 2 * LANE, CLOSE + h + CLOSE + 2 * PLUS
+        if node.form == "lanes":
+            places = self.lane_places(node)
+            return sum(self.lane_widths(node)) + LANES_APART * (len(node.lanes) - 1), places[-1][2] + GAP
         w, h = self.columns_size(node.items, HIGH)
         right = si(node.total) + (f"× {node.repeats} shared" if node.repeats > 1 else "")
         header = width_of(node.title, TITLE, True) + width_of(right, DETAIL, True) + 5 * PAD
@@ -98,6 +103,8 @@ class Layout:
     def _gap(self, above: Node, below: Node, gap: float) -> float:
         if gap == CLOSE:
             return CLOSE
+        if above.form == "lanes" or below.form == "lanes":
+            return CLOSE
         if below.form == "residual":
             return 0.0 if above.form == "residual" else CLOSE
         return GAP
@@ -122,9 +129,9 @@ class Layout:
     # Places: each gets the centre, the top and the width, and returns nothing
 
     def place(self, node: Node, cx: float, y: float, w: float, times: int = 1) -> None:
-        {"box": self._box, "row": self._row, "residual": self._residual, "frame": self._frame}[node.form](
-            node, cx, y, w, times
-        )
+        {"box": self._box, "row": self._row, "residual": self._residual, "frame": self._frame, "lanes": self._lanes}[
+            node.form
+        ](node, cx, y, w, times)
 
     def flow(self, items: Sequence[Node], cx: float, y: float, w: float, gap: float, times: int) -> float:
         """Items from y downwards, with arrows; where the last one ends."""
@@ -235,6 +242,55 @@ class Layout:
         marks.append(Line(((cx, start - 2), (cx, start), (first, start), (first, start + 2 * CLOSE)), LINE, arrow=head))
         turn = bottom - 5 - (SHEETS if node.repeats > 1 else 0.0)
         marks.append(Line(((last, end), (last, turn), (cx, turn), (cx, bottom)), LINE))
+
+    def lane_widths(self, node: Node) -> list[float]:
+        return [
+            max((self.size(item)[0] for item in node.items if item.lanes[-1] == lane), default=0.0)
+            for lane in node.lanes
+        ]
+
+    def lane_places(self, node: Node) -> list[tuple[Node, float, float]]:
+        """(item, top, bottom) from the lanes' own top: below all that it takes part in."""
+        ends = dict.fromkeys(node.lanes, HEADER - GAP + 6)
+        found = []
+        for item in node.items:
+            top = max(ends[lane] for lane in item.lanes) + GAP
+            bottom = top + self.size(item)[1]
+            found.append((item, top, bottom))
+            for lane in item.lanes:
+                ends[lane] = bottom
+            if len(item.lanes) > 1:  # what is read stays free to go on beside the box
+                ends[item.lanes[0]] = top + 6
+        return found
+
+    def _lanes(self, node: Node, cx: float, y: float, w: float, times: int) -> None:
+        widths = self.lane_widths(node)
+        left = cx - (sum(widths) + LANES_APART * (len(widths) - 1)) / 2
+        starts = [left + sum(widths[:i]) + LANES_APART * i for i in range(len(widths))]
+        centre = {lane: x + wide / 2 for lane, x, wide in zip(node.lanes, starts, widths)}
+        wide_of, marks = dict(zip(node.lanes, widths)), self.scene.marks
+        entry = next(item.lanes[-1] for item in node.items if item.takes)
+        ends: dict[str, float] = {entry: y}
+        marks.append(Line(((cx, y - 2), (cx, y), (centre[entry], y)), LINE))
+        for lane in node.lanes:
+            marks.append(Text(centre[lane] + 7, y + 16, lane, TITLE, PALE, True))
+        for item, top, bottom in self.lane_places(node):
+            lane = item.lanes[-1]
+            x = centre[lane]
+            if lane in ends:
+                self.arrow(x, ends[lane], y + top, item, shape_text(item.takes))
+            self.place(item, x, y + top, min(wide_of[lane], max(self.size(item)[0], BROAD)), times)
+            if len(item.lanes) > 1:
+                source, at = item.lanes[0], y + (top + bottom) / 2
+                side = x + math.copysign(min(wide_of[lane], max(self.size(item)[0], BROAD)) / 2, centre[source] - x)
+                marks.append(Line(((centre[source], ends[source]), (centre[source], at), (side, at)), LINE, arrow=True))
+                ends[source] = at
+            ends[lane] = y + bottom
+        last = node.items[-1].lanes[-1]
+        bottom = y + self.size(node)[1]
+        marks.append(
+            Line(((centre[last], ends[last]), (centre[last], bottom - 4), (cx, bottom - 4), (cx, bottom)), LINE)
+        )
 
     def side_by_side(
         self, items: Sequence[Node], left: float, top: float, limit: float, times: int

@@ -1,16 +1,17 @@
 """The tree of calls as what a diagram shows: boxes, residuals, frames; alike neighbours stand as one with a count."""
 
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from arch.topologies.block import Block, Residual
 from arch.topologies.stack import Repeated, Stack
 from experiments.drawing.trace import MADE, Call, Shape, closed
 
-Form = Literal["box", "residual", "row", "frame"]
+Form = Literal["box", "residual", "row", "frame", "lanes"]
 KINDS = {  # of a box, by the registry its component is from
     "embedding": "embedding",
     "position encoding": "positions",
@@ -25,7 +26,11 @@ OWN = {"scale": "layer scale", "residual_scale": "skip scale", "cls": "CLS token
 
 @dataclass
 class Node:
-    """A box, or what holds boxes: a residual (in order, then added to what came in), a row side by side, a frame."""
+    """A box, or what holds boxes.
+
+    residual: in order, then added to what came in; row: side by side; frame: in order, `repeats` times; lanes: in
+    order, each in its lane, where of two lanes the first is read by the box, which stands in the second.
+    """
 
     form: Form
     kind: str
@@ -60,10 +65,26 @@ class Node:
 
 def outline(root: Call) -> list[Node]:
     """The diagram's items from the inputs on."""
-    items = fold(_within(root))
+    items = fold(_conditions(_within(root)))
     for item in items:
         _mark(item, 1)
     return items
+
+
+def _conditions(items: list[Node]) -> list[Node]:
+    """Layers of a component that run before it, as those for the time of a diffusion, in one box."""
+    merged: list[Node] = []
+    for item in items:
+        owner, slash, _ = item.path.partition("/")
+        if item.form == "box" and slash and owner != "topology" and item.kind == "other":
+            before = merged[-1] if merged else None
+            if before is not None and before.kind == "other" and before.path == owner and before.form == "box":
+                before.title += f", {item.title}"
+                before.params, before.flops = before.params + item.params, before.flops + item.flops
+                continue
+            item = replace(item, path=owner, title=f"{owner}: {item.title}", detail="", takes=(), gives=())
+        merged.append(item)
+    return merged
 
 
 def _mark(node: Node, runs: int, told: bool = False) -> None:
@@ -86,14 +107,15 @@ def _fewer(frame: Node, runs: int) -> bool:
 def _nodes(call: Call) -> list[Node]:
     made, kind = call.made, call.kind
     if made is not None and made.what == "topology":
-        return _within(call)
+        items = _within(call)
+        return _laned(items, call.module.diagram()) if hasattr(call.module, "diagram") else items
     if closed(call):
         trivial = not call.own and not call.flops and call.takes == call.output
         return [] if trivial and (made is None or made.name == "none") else [_box(call)]
     if issubclass(kind, Residual):
         return [_residual(call)]
     if issubclass(kind, Repeated):
-        return [_stacked(_within(call), call.module.times)]
+        return _within(call)
     if issubclass(kind, Block):
         return [_frame(call, _block_title(call), _block(call))]
     if _opens(call):
@@ -104,14 +126,41 @@ def _nodes(call: Call) -> list[Node]:
 
 
 def _within(call: Call) -> list[Node]:
-    """What a call holds: parameters of its own first, CLS behind the embedding, then its calls in order."""
-    items = [node for each in call.within for node in _nodes(each)]
+    """What a call holds: parameters of its own first, CLS behind the embedding, then its calls in order.
+
+    Calls within a scan stand in a frame with its trip count.
+    """
+    items: list[Node] = []
+    for runs, calls in itertools.groupby(call.within, key=lambda each: each.runs):
+        inner = [node for each in calls for node in _nodes(each)]
+        items += _repeated(inner, runs // call.runs) if runs > call.runs and inner else inner
     own = [_own_box(call, name, shape) for name, shape in call.own.items()]
     after = 1 if items and items[0].kind == "embedding" else 0
     if after < len(items):
         for box in own:
-            box.gives = items[after].takes
+            box.gives = box.gives or items[after].takes
     return items[:after] + own + items[after:]
+
+
+def _laned(items: list[Node], diagram: Mapping[str, Any]) -> list[Node]:
+    """The items that a topology's `diagram` puts in lanes as one node; docs/structure.md has the contract."""
+    of, titles = diagram["of"], diagram.get("titles", {})
+
+    def name(item: Node) -> str:
+        return item.path.rpartition("/")[2]
+
+    placed = [i for i, item in enumerate(items) if name(item) in of]
+    if not placed:
+        return items
+    first, last = placed[0], placed[-1] + 1
+    for item in items[first:last]:
+        where = of[name(item)]
+        item.lanes = (where,) if isinstance(where, str) else tuple(where)
+        item.title = titles.get(name(item), item.title)
+    lanes = Node("lanes", "lanes", items=items[first:last], lanes=tuple(diagram["lanes"]))
+    home = [item for item in lanes.items if item.lanes[-1] == items[last - 1].lanes[-1]]
+    lanes.takes, lanes.gives = lanes.items[0].takes, home[-1].gives
+    return [*items[:first], lanes, *items[last:]]
 
 
 def _opens(call: Call) -> bool:
@@ -128,19 +177,37 @@ def _has_params(call: Call) -> bool:
     return bool(call.own) or any(_has_params(each) for each in call.within)
 
 
-def _sizes(call: Call) -> int:
-    return sum(map(math.prod, call.own.values())) + sum(map(_sizes, {each.path: each for each in call.within}.values()))
+def _sizes(call: Call) -> tuple[int, int]:
+    """Parameters of one set, and sets: within a scan a module has a part of what the model holds for it."""
+    outer, inner, copies = 0, 0, 1
+    for each in {each.path: each for each in [call, *_all(call)]}.values():
+        for name, shape in each.own.items():
+            mine = math.prod(each.inner.get(name, shape))
+            outer, inner = outer + math.prod(shape), inner + mine
+            copies = max(copies, math.prod(shape) // max(mine, 1))
+    return inner, copies
+
+
+def _all(call: Call) -> list[Call]:
+    return [inner for each in call.within for inner in [each, *_all(each)]]
+
+
+def _sets(path: str, size: int, copies: int) -> frozenset[str]:
+    if not size:
+        return frozenset()
+    return frozenset([path] if copies == 1 else (f"{path}#{i}" for i in range(copies)))
 
 
 def _box(call: Call) -> Node:
     made = call.made
     if made is None:
         inner = [node.title for each in call.within for node in _nodes(each)]
-        linear = call.kind.__module__.startswith("flax.")
         title, detail, kind = _name(call.path), ", ".join(inner), "other"
-        if call.takes[1:-1] != call.output[1:-1]:
+        if len(call.inputs) > 1:
+            kind, detail = "cross", f"{call.module.heads} heads" if hasattr(call.module, "heads") else detail
+        elif call.takes[1:-1] != call.output[1:-1]:
             kind = "sampling"
-        if linear and call.takes:
+        if call.kind.__module__.startswith("flax.") and call.takes:
             detail = f"{call.takes[-1]} to {call.output[-1]}"
     else:
         title, detail, kind = (
@@ -148,7 +215,7 @@ def _box(call: Call) -> Node:
             made.detail,
             KINDS[made.what],
         )
-    size = _sizes(call)
+    size, copies = _sizes(call)
     return Node(
         "box",
         kind,
@@ -158,20 +225,22 @@ def _box(call: Call) -> Node:
         call.takes,
         call.output,
         params=size,
-        sets=frozenset([call.path]) if size else frozenset(),
+        sets=_sets(call.path, size, copies),
         flops=call.flops,
     )
 
 
 def _own_box(call: Call, name: str, shape: Shape) -> Node:
     path = f"{call.path}/{name}".strip("/")
+    size = math.prod(call.inner.get(name, shape))
     return Node(
         "box",
         "other",
         OWN.get(name, name.replace("_", " ").replace("/", " ")),
         path=path,
-        params=math.prod(shape),
-        sets=frozenset([path]),
+        gives=(1, *shape) if len(shape) > 1 else (),
+        params=size,
+        sets=_sets(path, size, math.prod(shape) // max(size, 1)),
     )
 
 
@@ -214,20 +283,17 @@ def _frame(call: Call, title: str, items: list[Node]) -> Node:
     frame = Node("frame", "frame", title, path=call.path, takes=call.takes, gives=call.output, items=items)
     only = items[0] if len(items) == 1 else None
     if only is not None and only.form == "frame" and issubclass(call.kind, Stack):  # one frame for the two
-        return replace(only, title=f"{title}: {only.title}", path=call.path)
+        inner = only.title.removeprefix("block: ")
+        return replace(only, title=title if inner == title else f"{title}: {inner}", path=call.path)
     return frame
 
 
-def _stacked(items: list[Node], times: int) -> Node:
-    """Blocks whose parameters stand on a leading axis of `times`."""
-    for item in items:
-        for box in item.boxes():
-            box.params //= times
-            box.sets = frozenset(f"{path}#{i}" for path in box.sets for i in range(times))
+def _repeated(items: list[Node], times: int) -> list[Node]:
+    """The body of a scan."""
     if len(items) == 1 and items[0].form == "frame":
-        return replace(items[0], repeats=items[0].repeats * times)
+        return [replace(items[0], repeats=items[0].repeats * times)]
     first, last = items[0], items[-1]
-    return Node("frame", "frame", "pattern", takes=first.takes, gives=last.gives, items=fold(items), repeats=times)
+    return [Node("frame", "frame", "pattern", takes=first.takes, gives=last.gives, items=fold(items), repeats=times)]
 
 
 def fold(items: Sequence[Node]) -> list[Node]:

@@ -8,17 +8,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from arch import accounting, flops, registry
 from arch.layers import Dropout
-from arch.model import Functional, functional
+from arch.model import Functional, functional, to_nested
 from arch.registry import Registry
 from arch.spec import Spec
 from arch.topologies.block import DropPath
 
 SILENT = (Dropout, DropPath)  # identities of a model that is not trained
 WORDS = {"num_heads": "{} heads", "num_experts": "{} experts", "kv_heads": "{} key-value heads", "top_k": "top {}"}
+METHODS = ("__call__", "read")  # what runs a module in a forward pass
 HIDDEN = ("dropout", "implementation", "eps")  # options that say nothing of the form
 MADE, PATH = (
     "drawn_made",
@@ -49,8 +51,10 @@ class Call:
     number: int
     path: str
     module: Any
-    inputs: list[Shape] = field(default_factory=list)
+    inputs: list[Shape] = field(default_factory=list)  # of real numbers: one that reads another set has two
     output: Shape = ()
+    inner: dict[str, Shape] = field(default_factory=dict)  # its parameters as they are within a scan, by relative path
+    runs: int = 1  # how often it runs: the trip counts of the scans around it
     within: list["Call"] = field(default_factory=list)
     own: dict[str, Shape] = field(default_factory=dict)  # parameters that no call within has, by relative path
     flops: float = 0.0  # inside, calls within included
@@ -76,13 +80,18 @@ def trace(model: Mapping[str, Any], spec: Spec) -> Call:
     recorder = Recorder()
     cost = flops.count(functools.partial(_run, net, recorder), params, accounting._inputs(spec))
     (root,) = recorder.root.within
-    _count(root, cost.scopes)
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    _own(root, leaves)
+    _count(root, cost)
+    _own(root, _shapes(params))
     return root
+
+
+def _shapes(params: Any) -> dict[str, Shape]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+
+
+def _real(a: Any) -> bool:
+    return isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jnp.floating)
 
 
 def _note(where: Registry, path: str, name: str, entry: Mapping[str, Any], made: Any) -> None:
@@ -113,8 +122,9 @@ def _run(net: Functional, recorder: "Recorder", params: Any, inputs: Any) -> Any
     module = net.module(params)
     for keys, inner in nnx.iter_modules(module):
         setattr(inner, PATH, "/".join(map(str, keys)))  # static: it outlives the copies that scan and remat make
+    conditions = {name: jnp.zeros(x.shape, x.dtype) for name, x in net.conditions(inputs.shape[0]).items()}
     with recorder.listening(module):
-        return module(inputs)
+        return module(inputs, **conditions)
 
 
 class Recorder:
@@ -127,20 +137,23 @@ class Recorder:
 
     @contextlib.contextmanager
     def listening(self, module: nnx.Module) -> Iterator[None]:
-        """Replaces __call__ of the modules' classes; puts them back at the end."""
-        classes = {type(inner) for _, inner in nnx.iter_modules(module) if callable(inner)}
-        before: dict[type, Any] = {each: vars(each).get("__call__") for each in classes}
-        functions: dict[type, Any] = {each: each.__call__ for each in classes}  # resolved before any is replaced
+        """Replaces the METHODS of the modules' classes; puts them back at the end."""
+        classes = {type(inner) for _, inner in nnx.iter_modules(module)}
+        methods = [(each, name) for each in classes for name in METHODS if hasattr(each, name)]
+        before: dict[Any, Any] = {(each, name): vars(each).get(name) for each, name in methods}
+        functions: dict[Any, Any] = {
+            (each, name): getattr(each, name) for each, name in methods
+        }  # before any is replaced
         try:
-            for each, function in functions.items():
-                setattr(each, "__call__", self._recorded(function))  # noqa: B010  mypy holds methods for fixed
+            for (each, name), function in functions.items():
+                setattr(each, name, self._recorded(function))
             yield
         finally:
-            for each, function in before.items():
+            for (each, name), function in before.items():
                 if function is None:
-                    delattr(each, "__call__")
+                    delattr(each, name)
                 else:
-                    setattr(each, "__call__", function)  # noqa: B010
+                    setattr(each, name, function)
 
     def _recorded(self, function: Any) -> Any:
         @functools.wraps(function)
@@ -154,7 +167,8 @@ class Recorder:
                 or (outer.number >= 0 and outer.path == path)
             ):
                 return function(module, *args, **options)
-            made = Call(len(self.calls), path, module, [a.shape for a in args if isinstance(a, jax.Array)])
+            made = Call(len(self.calls), path, module, [a.shape for a in (*args, *options.values()) if _real(a)])
+            made.inner = _shapes(to_nested(nnx.state(module, nnx.Param)))
             self.calls.append(made)
             outer.within.append(made)
             self._open.append(made)
@@ -176,18 +190,21 @@ def closed(call: Call) -> bool:
     )
 
 
-def _count(root: Call, scopes: Mapping[str, float]) -> None:
+def _count(root: Call, cost: flops.Cost) -> None:
+    """FLOPs and runs of every call, from the scopes that bear its number."""
     inside: dict[int, float] = {}
-    for scope, amount in scopes.items():
+    runs: dict[int, float] = {}
+    for scope, times in cost.times.items():
         for number in {int(n) for n in re.findall(r"call(\d+)\.", scope)}:
-            inside[number] = inside.get(number, 0.0) + amount
+            inside[number] = inside.get(number, 0.0) + cost.scopes[scope]
+            runs[number] = min(runs.get(number, times), times)
 
-    def fill(call: Call) -> None:
-        call.flops = inside.get(call.number, 0.0)
+    def fill(call: Call, outer: int) -> None:
+        call.flops, call.runs = inside.get(call.number, 0.0), int(runs.get(call.number, outer))
         for each in call.within:
-            fill(each)
+            fill(each, call.runs)
 
-    fill(root)
+    fill(root, 1)
 
 
 def _own(root: Call, leaves: Mapping[str, Shape]) -> None:

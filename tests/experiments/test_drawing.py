@@ -23,12 +23,12 @@ def model(**changes):
     tree = {
         "topology": "metaformer",
         "width": 8,
-        "depth": 2,
-        "layers": ("mixer",),
         "parts": {"mixer": SOFTMAX, "pooling": {"kind": "pooling"}, "mlp": {"kind": "mlp", "hidden": 16}},
         "norm": {"name": "layer"},
         "positions": {"name": "learned"},
         "head": {"name": "classifier"},
+        **({"depth": 2} if changes.get("topology") != "fit" else {}),
+        **({"layers": ("mixer",)} if "topology" not in changes else {}),
         **changes,
     }
     return tree
@@ -44,6 +44,20 @@ CASES = {
     "hybrid": {"layers": ("pooling", "pooling", "mixer"), "depth": 7},
     "wrapped": {"parts": {"mixer": {"kind": "bidirectional", "mixer": {"kind": "linear"}}, "mlp": {"kind": "mlp"}}},
     "no channel mixer": {"channel": None},
+    "fit": {
+        "topology": "fit",
+        "pattern": "(1)2(1)",
+        "group_size": 4,
+        "latents": 2,
+        "local_parts": ("mixer",),
+        "global_parts": ("mixer",),
+        "cross_heads": 2,
+        "token_positions": "learned",
+        "head": {"name": "classifier", "pooling": "mean"},
+    },
+    "widenet": {"topology": "widenet", "channel": "mlp", "depth": 3},
+    "masformer": {"topology": "masformer", "full": "mixer", "near": "pooling", "num_full": 1, "depth": 3},
+    "read": {"read": "pooled"},
 }
 
 
@@ -124,6 +138,30 @@ def test_alike_blocks_are_folded():
 def test_shared_weights_are_marked():
     assert folded(depth=1, loops=3) == [("block", 3, True)]
     assert folded(depth=2, loops=3) == [("loop", 3, True), ("block", 2, False)]
+
+
+def test_what_only_some_boxes_share_is_marked_there():
+    items = outline(trace(model(topology="widenet", channel="mlp", depth=3), SPEC))
+    (frame,) = frames(items)
+    assert (frame.repeats, frame.shared) == (3, False)
+    assert {box.title: (box.shared, len(box.sets)) for box in frame.boxes()} == {
+        "layer norm": (False, 3),
+        "softmax": (True, 1),
+        "mlp": (True, 1),
+    }
+
+
+def test_lanes_follow_the_topology():
+    (lanes,) = [item for item in outline(trace(model(**CASES["fit"]), SPEC)) if item.form == "lanes"]
+    assert [(item.title, item.lanes) for item in lanes.items] == [
+        ("places in a group", ("tokens",)),
+        ("latents at first", ("latents",)),
+        ("local: block", ("tokens",)),
+        ("read", ("tokens", "latents")),
+        ("latent: block", ("latents",)),
+        ("write", ("latents", "tokens")),
+        ("local: block", ("tokens",)),
+    ]
 
 
 def test_classes_are_put_back():
