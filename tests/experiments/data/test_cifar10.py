@@ -19,7 +19,9 @@ from experiments.data.cifar10 import CIFAR10
 from experiments.data.cifar10_files import BATCHES, CLASSES
 from experiments.data.pipeline import eval_batches, train_batches
 from experiments.data.store import DataError
+from experiments.data.task import data_root
 
+ROOT = data_root(None)  # as it is before a test points it elsewhere
 COUNTS = {"train": 20, "test": 10}
 RNG = np.random.default_rng(0)
 PIXELS = {half: RNG.integers(0, 256, (n, 32, 32, 3)).astype(np.uint8) for half, n in COUNTS.items()}
@@ -274,3 +276,19 @@ def test_the_command_says_which_copy(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "JPEG-75, not official CIFAR-10" in out
     assert "median" not in out, "images have no length"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("copy", ["exact", "JPEG-75"])
+def test_the_published_images(copy, monkeypatch):
+    """Every class as often as published; the mean and deviation of the pixels, within JPEG's loss, are the task's."""
+    monkeypatch.setenv("ARCHLOOM_DATA", str(ROOT))
+    found = CIFAR10(copy=copy)
+    try:
+        cifar10_files.sources(found.folder, copy)
+    except DataError as missing:
+        pytest.skip(f"not in the data root ($ARCHLOOM_DATA): {missing}")
+    assert {name: len(found.examples(name)) for name in found.splits} == found.splits
+    pixels = found.examples("train").images.reshape(-1, 3) / 255
+    np.testing.assert_allclose(pixels.mean(axis=0), found.mean, atol=2e-3)
+    np.testing.assert_allclose(pixels.std(axis=0), found.std, atol=3e-3)

@@ -16,6 +16,7 @@ from experiments.data.__main__ import main
 from experiments.data.imdb import IMDb
 from experiments.data.pipeline import eval_batches, train_batches
 from experiments.data.store import DataError
+from experiments.data.task import data_root
 
 TEXTS = {  # (half, class, number, rating): text; more than ten, so that 10 sorting before 2 would show
     (half, kind, number, 2 if kind == "neg" else 9): f"{half} review {number}, a {kind} café!<br />It's {kind * number}"
@@ -226,3 +227,20 @@ def test_the_command_describes_it(reviews, capsys):
     assert facts["splits"]["all"]["length"]["max"] == 40
     assert main(["imdb", f"--data_dir={reviews / 'no'}"]) == 2
     assert capsys.readouterr().err.startswith("no IMDb reviews in ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"level": "words", "vocab_size": 93_931, "protocol": "release"}])
+def test_the_published_reviews(options):
+    """93,929 words in the train half; 33,132,823 and 32,350,685 bytes in all (their counts elsewhere)."""
+    if not (data_root(None) / "imdb").is_dir():
+        pytest.skip("no folder imdb in the data root ($ARCHLOOM_DATA)")
+    found = IMDb(**options)
+    assert {name: len(found.examples(name)) for name in found.splits} == found.splits
+    assert found.majority("test") == 0.5
+    if options:
+        assert found.examples("train").tokens.max() == 93_930
+        assert not (found.examples("train").tokens == 1).any()
+    else:
+        sizes = {half: x.tokens.size for half, x in imdb_files.read(found.folder).items()}
+        assert sizes == {"train": 33_132_823, "test": 32_350_685}
