@@ -280,6 +280,7 @@ def _attend(plan: Plan, args):
     """The running softmax: m the largest score so far, total and y the sums of exp(score - m) and of that times v."""
     v = args["v"]
     softmax = plan.activation == "softmax"
+    alone = plan.keys <= plan.columns  # one tile holds all keys: nothing to take along
 
     def pair_step(unit, carry, pair, masked):
         m, total, y = carry
@@ -289,19 +290,22 @@ def _attend(plan: Plan, args):
             for name, where in (("q", (row, plan.rows)), ("k", (pair[2], plan.columns)), ("v", (pair[2], plan.columns)))
         )
         scores = _scores(plan, unit, q_i, k_j, pair, masked)
-        y_i = _take(y, row, plan.rows, 2)
         if softmax:
-            m_i = _take(m, row, plan.rows, 2)
-            highest = jnp.maximum(m_i, scores.max(-1))
+            highest = scores.max(-1) if alone else jnp.maximum(_take(m, row, plan.rows, 2), scores.max(-1))
             finite = jnp.where(highest == NEVER, 0.0, highest)
             weights = jnp.exp(scores - finite[..., None])
-            shrink = jnp.exp(m_i - finite)
-            total_i = _take(total, row, plan.rows, 2) * shrink + weights.sum(-1)
-            y_i *= shrink[..., None]
-            m, total = _put(m, highest, row, 2), _put(total, total_i, row, 2)
+            total_i = weights.sum(-1)
         else:
             weights = jax.nn.sigmoid(scores)
-        y_i += jnp.einsum("bgts,bgsv->bgtv", weights.astype(v.dtype), v_j, preferred_element_type=jnp.float32)
+        y_i = jnp.einsum("bgts,bgsv->bgtv", weights.astype(v.dtype), v_j, preferred_element_type=jnp.float32)
+        if softmax:
+            if not alone:
+                shrink = jnp.exp(_take(m, row, plan.rows, 2) - finite)
+                total_i += _take(total, row, plan.rows, 2) * shrink
+                y_i += _take(y, row, plan.rows, 2) * shrink[..., None]
+            m, total = _put(m, highest, row, 2), _put(total, total_i, row, 2)
+        elif not alone:
+            y_i += _take(y, row, plan.rows, 2)
         return m, total, _put(y, y_i, row, 2)
 
     def unit_step(carry, b, g):
