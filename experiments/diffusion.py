@@ -9,7 +9,7 @@ the loss of a split is the same number for the same network, whatever the batch 
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +35,11 @@ def golden(index: Int[Array, " B"]) -> Float[Array, " B"]:
 class Diffusion:
     """What the objectives share. A subclass says how data is noised, what is predicted, and how that is undone."""
 
-    output, metrics, judged_by, draws = "image", ("loss",), "loss", True
-    samplers: tuple[str, ...]
+    output: ClassVar[Literal["logits", "image"]] = "image"
+    metrics: ClassVar[tuple[str, ...]] = ("loss",)
+    judged_by: ClassVar[str] = "loss"
+    draws: ClassVar[bool] = True
+    samplers: ClassVar[tuple[str, ...]]  # the first is the default
 
     def __init__(self, label_dropout: float, conditional: bool):
         self.label_dropout, self.conditional = label_dropout, conditional
@@ -63,6 +66,12 @@ class Diffusion:
         """Noisy data, what the network is to say of it, and the time it is told; u is uniform in (0, 1)."""
         raise NotImplementedError
 
+    def sample(
+        self, network: Network, noise: Array, keys: Key[Array, " B"], *, sampler: str, steps: int, bounds: Bounds = None
+    ) -> Array:
+        """Data from noise; keys of the rows, for a sampler that draws more, bounds of clean data by channel."""
+        raise NotImplementedError
+
     def rank(self, scores: Mapping[str, float]) -> float:
         return -scores["loss"] if math.isfinite(scores["loss"]) else -math.inf
 
@@ -81,7 +90,7 @@ class FlowMatching(Diffusion):
     diffusions. times: how t is drawn; logit_normal is t = sigmoid(mean + std z), Esser et al. 2024, arXiv:2403.03206.
     """
 
-    samplers = ("heun", "euler")  # the first is the default
+    samplers = ("heun", "euler")
 
     def __init__(
         self,

@@ -60,7 +60,9 @@ class Classify:
     """Cross-entropy with the label, of an example or of its tokens, or with the next token; see `score`."""
 
     output: ClassVar[Literal["logits", "image"]] = "logits"
-    metrics, judged_by, draws = ("loss", "accuracy"), "accuracy", False
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+    judged_by: ClassVar[str] = "accuracy"
+    draws: ClassVar[bool] = False
 
     def __init__(self, *, smoothing: Rate = 0.0):
         self.smoothing = smoothing

@@ -38,10 +38,8 @@ def sampler(program: Program, *, name: str | None, steps: int, guidance: float =
 
     The images are normalised as the task's are. One program, with a loop over the steps.
     """
-    objective, spec = program.objective, program.task.spec
-    if not isinstance(objective, diffusion.Diffusion) or not isinstance(spec, ImageSpec):
-        what = program.config["objective"]["name"]
-        raise ConfigError("--run", f"the run's objective is {what}, which makes no images; name a diffusion run")
+    objective, spec = diffusion_of(program), program.task.spec
+    assert isinstance(spec, ImageSpec)  # or its head could not be a denoiser
     name = name or objective.samplers[0]
     if name not in objective.samplers:
         raise unknown("--sampler", name, objective.samplers, "sampler")
@@ -64,6 +62,13 @@ def sampler(program: Program, *, name: str | None, steps: int, guidance: float =
         )  # fmt: skip
 
     return draw
+
+
+def diffusion_of(program: Program) -> diffusion.Diffusion:
+    if not isinstance(program.objective, diffusion.Diffusion):
+        what = program.config["objective"]["name"]
+        raise ConfigError("--run", f"the run's objective is {what}, which makes no images; name a diffusion run")
+    return program.objective
 
 
 def normalised(task: Any, pixels: np.ndarray) -> np.ndarray:
@@ -135,8 +140,9 @@ def main(argv: list[str]) -> int:
         if getattr(flags, name) < 1:
             raise ConfigError(f"--{name}", f"{getattr(flags, name)}; give a whole number from 1 on")
     program, params, step = evaluate.checkpoint(flags.run, flags.checkpoint)
+    objective = diffusion_of(program)
     draw = sampler(program, name=flags.sampler, steps=flags.steps, guidance=flags.guidance)
-    label = labels(flags.label, flags.count, program.objective, program.task.spec.num_classes)
+    label = labels(flags.label, flags.count, objective, program.task.spec.num_classes)
     if flags.guidance != 1 and flags.label is None:
         raise ConfigError("--guidance", "guides towards a class; give --label")
     start = time.perf_counter()
@@ -151,7 +157,7 @@ def main(argv: list[str]) -> int:
     about = {name: getattr(flags, name) for name in ("count", "steps", "label", "guidance", "seed")}
     print(json.dumps({
         "run": str(flags.run), "step": step, "parameters": program.evaluated,
-        "sampler": flags.sampler or program.objective.samplers[0], **about, "out": str(out),
+        "sampler": flags.sampler or objective.samplers[0], **about, "out": str(out),
         "mean": round(float(images.mean()), 4), "std": round(float(images.std()), 4),  # 0 and 1 in the data
         "seconds": round(time.perf_counter() - start, 2),
     }))  # fmt: skip

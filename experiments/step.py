@@ -24,12 +24,12 @@ State = dict[str, Any]
 Apply = Callable[..., Any]  # (params, inputs, keep, key=None) -> logits; in training (logits, losses of the layers)
 
 
-def metrics_of(objective: Objective | type[Objective]) -> tuple[str, ...]:
+def metrics_of(objective: Objective) -> tuple[str, ...]:
     """The vector that a train step returns."""
     return (*objective.metrics, "grad_norm", "learning_rate", "ok")
 
 
-METRICS = metrics_of(Classify)
+METRICS = metrics_of(Classify())
 SUMS = ("loss", "correct", "weight")  # the vector of an evaluation step of a classifier
 
 
@@ -79,7 +79,7 @@ def train_step(
     A non-finite loss or gradient changes neither parameters nor optimiser. The step is then passed over, or, when the
     state has "halted", that is set and every later call returns the state as it is.
     """
-    objective = objective or Classify(smoothing=smoothing)
+    learns: Objective = objective or Classify(smoothing=smoothing)
     key = jax.random.wrap_key_data(state["rng"], impl=prng)
     key = jax.random.fold_in(key, state["step"])  # the step alone decides
 
@@ -91,11 +91,11 @@ def train_step(
             added.append(more)
             return output
 
-        sums = objective(predict, rows, key)
+        sums = learns(predict, rows, key)
         return sums[0] + sums[-1] * sum(added), sums
 
     gradient = jax.grad(loss_fn, has_aux=True)
-    grads, sums = _accumulated(gradient, state["params"], batch, key, optimizer.accumulate, len(objective.metrics) + 1)
+    grads, sums = _accumulated(gradient, state["params"], batch, key, optimizer.accumulate, len(learns.metrics) + 1)
     loss, weight = sums[0], jnp.maximum(sums[-1], 1e-9)
     grads = jax.tree.map(lambda g: g / weight, grads)
     norm = optax.tree.norm(grads)
