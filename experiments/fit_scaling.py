@@ -25,11 +25,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from arch.errors import ConfigError
 from experiments import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PATCH, CLASSES = 16, 8
-SIDES = (512, 800, 1600, 2400, 3200, 4800, 6400)  # 1K, 2.5K, 10K, 22.5K, 40K, 90K, 160K tokens
+SIDES = {  # pixels: 512 is 1K tokens, 1600 10K, 3200 40K, 6400 160K
+    "count": (512, 800, 1600, 2400, 3200, 4800, 6400),
+    "chip": (512, 1600, 3200, 6400),
+    "time": (1600, 3200, 6400),
+    "train": (6400,),
+}
 LONG = 10_000  # tokens from which the second slope is taken
 CHIP, LIMIT = "v5e:2x2", 15.75 * 2**30
 PEAK = 197e12  # bf16 FLOP/s of a v5e chip, as Google states it
@@ -125,12 +131,19 @@ def slope(rows: list[dict[str, Any]], field: str, least: int = 0) -> float | Non
     return round(float(np.polyfit(tokens, values, 1)[0]), 3)
 
 
+def numbers(flag: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(flag, f"{text!r} is not whole numbers with commas between") from None
+
+
 def propose(flags: Any) -> list[dict[str, Any]]:
     from arch import fit_plan
 
     if (flags.length is None) == (flags.grid is None):
-        raise fit_plan.ConfigError("command line", "propose wants --length=N or --grid=H,W")
-    axes = flags.length if flags.grid is None else tuple(int(n) for n in flags.grid.split(","))
+        raise ConfigError("command line", "propose wants --length=N or --grid=H,W")
+    axes = flags.length if flags.grid is None else numbers("--grid", flags.grid)
     print(fit_plan.propose(axes, latents=flags.latents, pattern=flags.pattern))
     return []
 
@@ -153,8 +166,6 @@ def count(flags: Any) -> list[dict[str, Any]]:
 
 def chip(flags: Any) -> list[dict[str, Any]]:
     import importlib.util
-
-    from arch.errors import ConfigError
 
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("chip", "needs the TPU compiler: pip install -e '.[aot]' (libtpu); no TPU is needed")
@@ -197,15 +208,14 @@ def chip(flags: Any) -> list[dict[str, Any]]:
 
 
 def image(side: int, index: int) -> dict[str, Any]:
-    """Noise, with a brighter square of an eighth of the side in one of 8 places: which one is the label."""
+    """Noise, and somewhere a square of a quarter of the side in one of 8 colours, bright or not in each channel."""
     import numpy as np
 
     rng = np.random.default_rng((17, index))
     pixels = rng.standard_normal((1, side, side, 3), np.float32)
-    label, edge = int(rng.integers(CLASSES)), side // 8
-    y, x = divmod(label, 4)
-    top, left = y * side // 2 + side // 8, x * side // 4 + side // 16
-    pixels[:, top : top + edge, left : left + edge] += 2.0
+    label, edge = int(rng.integers(CLASSES)), side // 4
+    top, left = rng.integers(side - edge, size=2)
+    pixels[:, top : top + edge, left : left + edge] += 3.0 * np.array([label >> n & 1 for n in range(3)], np.float32)
     return {"inputs": pixels, "label": np.array([label], np.int32), "weight": np.ones(1, np.float32)}
 
 
@@ -221,7 +231,7 @@ def compiled(side: int, flags: Any) -> tuple[Step, Any, Any, float]:
 
 
 def clock(flags: Any) -> list[dict[str, Any]]:
-    """Seconds a training step: the least of `rounds` steps after one that is not counted (none before the longest)."""
+    """Seconds a training step: the least of `rounds` steps behind a first; the first, where it took all patience."""
     from experiments import environment
 
     rows: list[dict[str, Any]] = []
@@ -310,19 +320,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--length", type=int, help="propose: tokens of a sequence")
     parser.add_argument("--grid", help="propose: tokens along each side, H,W")
-    parser.add_argument("--sides", default=",".join(map(str, SIDES)), help="pixels, commas between")
+    parser.add_argument("--sides", help="pixels along the images' sides, commas between")
     parser.add_argument("--pattern", default="(2)4(2)4(2)")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--latent_width", type=int, default=512)
     parser.add_argument("--latents", type=int, default=16, help="a group")
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="full")
     parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--rounds", type=int, default=3, help="time: steps that count, beside a first")
-    parser.add_argument("--steps", type=int, default=20, help="train: steps")
-    parser.add_argument("--patience", type=float, default=120.0, help="time, train: seconds after which a length ends")
+    parser.add_argument("--rounds", type=int, default=1, help="time: steps that count, behind a first")
+    parser.add_argument("--steps", type=int, default=2, help="train: steps")
+    parser.add_argument("--patience", type=float, default=100.0, help="time, train: seconds after which a length ends")
     parser.add_argument("--record", type=Path, default=ROOT / "results" / "fit.jsonl")
     flags = parser.parse_args(argv)
-    flags.sides = [int(side) for side in flags.sides.split(",")]
+    flags.sides = numbers("--sides", flags.sides) if flags.sides else SIDES.get(flags.command, ())
+    if any(side < PATCH or side % PATCH for side in flags.sides):
+        raise ConfigError("--sides", f"{flags.sides}: give multiples of {PATCH}, the pixels along a patch")
     rows = COMMANDS[flags.command](flags)
     if rows:
         write(rows, flags.record, flags)

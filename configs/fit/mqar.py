@@ -1,8 +1,9 @@
-"""FIT as a decoder on recall: the task and recipe of configs/synthetic/mqar.py, groups of 16 tokens, 8 latents each.
+"""FIT as a decoder on recall: the recipe of configs/synthetic/mqar.py, 4 pairs of 16 keys and 16 values, length 48.
 
 Run: python -m experiments.train --config=configs/fit/mqar.py:softmax --workdir=DIR
 The argument is the mixer of both kinds of layer, or LOCAL-GLOBAL such as delta_net-softmax. What a query asks for
-stands in a former group, so the answer comes through latents that were computed before the question was known.
+stands in a former group, so the answer comes through latents that were computed before the question was known: 8 of
+them for each group of 16 tokens.
 """
 
 from configs.fit.shared import fit
@@ -14,9 +15,9 @@ def get_config(mixers: str = "softmax"):
     config = recipe.experiment(
         local,
         task="mqar",
-        length=80,
-        num_pairs=16,
-        vocab=128,
+        length=48,
+        num_pairs=4,
+        vocab=32,
         filler="blank",
         train_examples=64_000,
         validation_examples=400,
