@@ -1,11 +1,17 @@
 """Small models on CIFAR-10, one epoch each: minutes on two CPU cores.
 
-Run: python -m experiments.train --config=configs/vision/cifar10.py:vit-tiny --workdir=DIR
+Run: python -m experiments.sweep --config=configs/vision/cifar10.py --workdir=DIR, or one of them:
+python -m experiments.train --config=configs/vision/cifar10.py:vit-tiny --workdir=DIR
 With the JPEG copy (not official CIFAR-10, and the run says so):
     --config.task.copy=JPEG-75 --config.task.data_dir=FOLDER
-vit-tiny        isotropic: patches of 4 x 4 pixels, 6 layers of 3 heads, learnt positions (Dosovitskiy et al. 2020)
-vit-hyena-tiny  the same with Hyena over the 8 x 8 grid of patches in place of attention (Zimerman and Wolf 2024)
-Both take the mean over patches to the classes. Longer runs want --config.task.train_augment=flip_crop.
+vit-tiny         isotropic: patches of 4 x 4 pixels, 6 layers of 3 heads, learnt positions (Dosovitskiy et al. 2020)
+vit-hyena-tiny   the same with Hyena over the 8 x 8 grid of patches in place of attention (Zimerman and Wolf 2024)
+poolformer-tiny  three stages of 16 x 16, 8 x 8 and 4 x 4 tokens that only pool (Yu et al. 2022). Beside the paper's
+                 models the stem has a kernel of 3 and a stride of 2, and LayerScale and stochastic depth, which want
+                 long training, are left out
+hybrid-tiny      poolformer-tiny with attention in the last stage
+All take the mean over tokens to the classes and have about as many FLOPs. Longer runs want
+--config.task.train_augment=flip_crop.
 """
 
 from configs import parts
@@ -13,6 +19,7 @@ from configs import parts
 WIDTH, DEPTH = 96, 6
 ATTENTION = {"kind": "softmax", "num_heads": 3, "bias": True}
 HYENA = {"kind": "hyena_nd", "filter_width": 32}
+POOLING = {"kind": "pooling", "size": 3}
 
 
 def isotropic(mixer):
@@ -23,7 +30,27 @@ def isotropic(mixer):
     return model
 
 
-MODELS = parts.Table({"vit-tiny": lambda: isotropic(ATTENTION), "vit-hyena-tiny": lambda: isotropic(HYENA)})
+def pyramid(*stages):
+    mixers = {"pooling": POOLING, "attention": {"kind": "softmax", "num_heads": 6}}
+    return parts.pyramid(
+        widths=(48, 96, 192),
+        depths=(2, 2, 2),
+        stages=stages,
+        mixers={name: mixers[name] for name in dict.fromkeys(stages)},
+        channel={"ratio": 4.0, "activation": "gelu_erf"},
+        norm={"name": "group"},
+        stem={"size": 3, "stride": 2, "padding": 1},
+    )
+
+
+MODELS = parts.Table(
+    {
+        "vit-tiny": lambda: isotropic(ATTENTION),
+        "vit-hyena-tiny": lambda: isotropic(HYENA),
+        "poolformer-tiny": lambda: pyramid("pooling", "pooling", "pooling"),
+        "hybrid-tiny": lambda: pyramid("pooling", "pooling", "attention"),
+    }
+)
 
 
 def get_config(model: str = "vit-tiny"):
