@@ -34,7 +34,7 @@ from experiments.learning import records
 from experiments.plan import binary, si
 from experiments.program import Program
 
-RECORD = Path("results") / "attention_cost.jsonl"
+RECORD = Path(__file__).resolve().parent.parent / "results" / "attention_cost.jsonl"
 SMALL = "configs/masformer/text_file.py:mini"
 SIDES = ("all full", "masformer", "all near")
 Record = Mapping[str, Any]
