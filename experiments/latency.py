@@ -63,8 +63,9 @@ def serve(case: Case) -> tuple[dict[str, str], Callable[..., Any]]:
 
     program = Forward(configs.configure(case.source, case.overrides), case.batch, case.length)
     apart = program.parts() if case.parts else {}
-    for call in (program, *apart.values()):
-        call()
+    program()
+    for part in apart.values():
+        part()
     facts = program.facts()
     environment.reset_peak()
 

@@ -92,11 +92,10 @@ class Softmax(nnx.Module):
             return self(x[:, :count], keep=None if keep is None else keep[:, :count])
         cuts = [self.heads * self.head_dim, (self.heads + self.groups) * self.head_dim]
         kernels = jnp.split(self.qkv.kernel[...], cuts, axis=-1)
-        biases = [None] * 3 if self.qkv.bias is None else jnp.split(self.qkv.bias[...], cuts)
+        biases = None if self.qkv.bias is None else jnp.split(self.qkv.bias[...], cuts)
 
         def project(x: Array, which: int) -> Array:  # [B T D] -> [B T H K]
-            y = x @ kernels[which]
-            y = y if biases[which] is None else y + biases[which]
+            y = x @ kernels[which] if biases is None else x @ kernels[which] + biases[which]
             return y.reshape(*y.shape[:2], -1, self.head_dim)
 
         q = project(x[:, :count], 0)
@@ -114,7 +113,7 @@ class Softmax(nnx.Module):
             scores = jnp.where(keep[:, None, None, None], scores, -jnp.inf)
         p = jax.nn.softmax(scores, axis=-1, where=None if keep is None else keep[:, None, None, None])
         y = jnp.einsum("bpgrd,dgk->bpgrk", jnp.einsum("bpgrs,bsd->bpgrd", p.astype(x.dtype), x), w_v)
-        if biases[2] is not None:
+        if biases is not None:
             y = y + biases[2].reshape(self.groups, 1, self.head_dim) * p.sum(-1, keepdims=True).astype(y.dtype)
         return self.out(y.reshape(*y.shape[:2], -1))
 

@@ -19,7 +19,6 @@ POINTS = 256  # pixels a side of a map at most: longer ones are means over block
 WARM = LinearSegmentedColormap.from_list("warm", ["#ffffff", "#fdd49e", "#fc8d59", "#b30000", "#4a0000"])
 SIGNED = "RdBu_r"
 RC: dict[Any, Any] = {"font.size": 8, "axes.titlesize": 8, "axes.linewidth": 0.5, "text.parse_math": False}
-WHITE = {"facecolor": "white"}
 
 
 def scale(values: np.ndarray) -> tuple[Any, Any]:
@@ -90,10 +89,10 @@ def heads(file: Path, layers: Sequence[tuple[str, np.ndarray]], tokens: Sequence
                     _axis(axes.yaxis, tokens, few, column == 0)
                     axes.tick_params(axis="x", rotation=90 if few else 0)
             tall = min(first - top - 0.3, 2.5)
-            box = (margin + across * (side + 0.14)) / size[0], (first - 0.28 - tall) / size[1]
-            _bar(figure, (*box, 0.1 / size[0], tall / size[1]), image)
+            corner = (margin + across * (side + 0.14)) / size[0], (first - 0.28 - tall) / size[1]
+            _bar(figure, (*corner, 0.1 / size[0], tall / size[1]), image)
             top -= labels
-        figure.savefig(file, dpi=110, **WHITE)
+        figure.savefig(file, dpi=110, facecolor="white")
 
 
 def _axis(axis: Any, tokens: Sequence[str], few: bool, labelled: bool) -> None:
@@ -136,4 +135,4 @@ def rows(file: Path, layers: Sequence[tuple[str, np.ndarray]], tokens: Sequence[
             axes.tick_params(length=2, width=0.5)
             _bar(figure, ((0.8 + wide) / size[0], top / size[1], 0.1 / size[0], height / size[1]), image)
             top -= 0.15
-        figure.savefig(file, dpi=110, **WHITE)
+        figure.savefig(file, dpi=110, facecolor="white")
