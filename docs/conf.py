@@ -39,7 +39,7 @@ os.environ |= {
 project, author, release = "Archloom", "the Archloom authors", arch.__version__
 copyright = author
 mixers.write(HERE / "mixers")  # a page each, made anew by every build
-extensions = ["myst_nb", "registry", "mixers"]
+extensions = ["myst_nb", "registry", "mixers", "gallery", "matrix"]
 exclude_patterns = ["_build", "_generated"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

@@ -350,6 +350,7 @@ def lay_out(items: Sequence[Node], title: str, subtitle: str, totals: Totals) ->
         Text(MARGIN, MARGIN + 10, title, HEAD, INK, True),
         Text(MARGIN, MARGIN + 28, subtitle, DETAIL, PALE),
     ]
+    scene.flops = totals.flops
     bottom = _legend(scene, layout.deepest + 22, right)
     scene.w, scene.h = math.ceil(right + MARGIN), math.ceil(bottom + MARGIN - 6)
     return scene

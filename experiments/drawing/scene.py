@@ -86,6 +86,7 @@ class Box:
 class Scene:
     w: float = 0.0
     h: float = 0.0
+    flops: float = 0.0  # of the model, forward, one example
     under: list[Mark] = field(default_factory=list)  # frames
     marks: list[Mark] = field(default_factory=list)
     boxes: list[Box] = field(default_factory=list)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import arch.model  # noqa: F401  fills the registries
-from arch import schema
 from arch.errors import ConfigError, unknown
 from arch.registry import MIXERS, TOPOLOGIES
 from experiments.matrices import tasks  # noqa: F401  registers the tasks
@@ -177,16 +176,13 @@ def _fit(cell: Cell) -> dict[str, Any]:
 
 
 def _pyramid(cell: Cell) -> dict[str, Any]:
+    mixer = part(cell.mixer, cell.form)
+    axes = {"grid_axes": 2} if "grid_axes" in MIXERS.options(mixer["kind"]) else {}  # of one that must know
     return {
         "topology": "pyramid",
         "embedding": {"name": "patches", "size": 1},
         "widths": (WIDTH, WIDTH),
         "depths": (1, 1),
         "stages": ("pooling", "mixer"),
-        "parts": {"pooling": {"kind": "pooling"}, "mixer": part(cell.mixer, cell.form)},
+        "parts": {"pooling": {"kind": "pooling"}, "mixer": {**mixer, **axes}},
     }
-
-
-def required(mixer: str) -> list[str]:
-    """Options without a default."""
-    return [name for name, option in MIXERS.options(mixer).items() if option.default is schema.REQUIRED]
