@@ -180,6 +180,11 @@ def test_augmentation_is_a_function_of_seed_and_place(folder):
         np.testing.assert_array_equal(whole[step]["inputs"][1::2], halves[1][step]["inputs"])
     epochs = np.concatenate([row["inputs"] for row in rows]).reshape(4, 15, -1)
     assert len({image.tobytes() for epoch in epochs for image in epoch}) > 50, "another window every epoch"
+    single = task(
+        folder, train_augment="flip_crop", validation_examples=19
+    )  # one image: the seeds differ in windows alone
+    windows = [np.stack([row["inputs"] for row in take(single, 8, batch_size=1, seed=seed)]) for seed in (0, 1)]
+    assert not np.array_equal(*windows)
     plain = {row.tobytes() for batch in take(task(folder), 3) for row in batch["inputs"]}
     assert len(plain) == 15
     test = next(eval_batches(found, "test", 10))
