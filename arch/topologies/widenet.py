@@ -58,6 +58,7 @@ class WideNet(nnx.Module):
         if rotary is not None:
             made.require_rotary([mixer])
         self.block = made.block(mixer, channel, width=width, causal=causal, max_length=max_length, rotary=rotary)
+        assert self.block.transform is not None
         for residual in (self.block.mix, self.block.transform):
             residual.norm = _stacked(lambda: made.norm(width), depth)
         self.norm = made.norm(width) if norm_placement == "pre" else None

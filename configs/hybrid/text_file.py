@@ -7,10 +7,12 @@ some 30M parameters less for want of a vocabulary. jamba has 12 mixtures of 8 ex
 Not trained here: it wants an accelerator.
 """
 
+from typing import Any
+
 from configs import parts
 from configs.hybrid import layers
 
-SECTIONS = {
+SECTIONS: dict[str, dict[str, Any]] = {
     "softmax": {"kind": "softmax", "num_heads": 8},
     "local": {"kind": "local", "num_heads": 8, "window": 2048},
     "delta_net": {"kind": "delta_net", "num_heads": 8},
