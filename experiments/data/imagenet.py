@@ -52,9 +52,7 @@ class ImageNet:
         *,
         size: Positive = 224,  # pixels along each side
         crop: Annotated[float, Range(above=0, high=1)] = 0.9,  # share of the shorter side that is kept
-        train_augment: Literal[
-            "none", "resized_crop"
-        ] = "none",  # of the run's seed and the place in its order
+        train_augment: Literal["none", "resized_crop"] = "none",  # of the run's seed and the place in its order
         protocol: Literal["sound", "release"] = "sound",
         validation_examples: Positive = 10_000,  # of the train set, in the sound protocol
         data_dir: str | None = None,  # TFDS's folder; None: the data root

@@ -1,5 +1,6 @@
 """PoolFormer, the MetaFormer baselines and DeiT against timm and transformers: parameter counts, and logits of the
-copied weights. RandFormer and IdentityFormer are in neither; tests/arch/topologies/test_pyramid_sizes.py has their published sizes.
+copied weights. RandFormer and IdentityFormer are in neither; tests/arch/topologies/test_pyramid_sizes.py has the
+published sizes of all.
 """
 
 import jax
