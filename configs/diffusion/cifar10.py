@@ -42,7 +42,7 @@ def get_config(model: str = "vit-tiny"):
     config.model = MODELS[model]()
     config.optimizer = {
         "name": "adamw",
-        "lr": 1e-3,
+        "lr": 3e-3,
         "weight_decay": 0.01,
         "schedule": {"name": "cosine", "warmup": 50},
         "clip": 1.0,
