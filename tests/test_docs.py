@@ -33,7 +33,8 @@ def test_files_and_programs_exist(page: Path) -> None:
 
 def commands() -> list[str]:
     found = re.findall(r"python -m experiments\.\w+ [^\n`|]*--config=configs/[^\n`|]*", "\n".join(map(text, PAGES)))
-    return sorted({" ".join(command.split("#")[0].split("||")[0].split()) for command in found})
+    plain = {" ".join(command.split("#")[0].split("||")[0].split()) for command in found}
+    return sorted(command for command in plain if "$" not in command)  # those of loops are run by the build
 
 
 @pytest.mark.parametrize("command", commands())
