@@ -7,7 +7,7 @@ from typing import Any
 from arch.errors import ConfigError
 from arch.spec import ImageSpec, Spec
 from experiments.drawing import scene
-from experiments.drawing.layout import BACKGROUND, LINE, Totals, lay_out, si
+from experiments.drawing.layout import BACKGROUND, LINE, Totals, count, lay_out, si
 from experiments.drawing.outline import Node, outline
 from experiments.drawing.trace import Call, trace
 
@@ -20,7 +20,7 @@ def picture(model: Mapping[str, Any], spec: Spec, title: str) -> scene.Scene:
     items = [_input(spec), *outline(root), _output(root)]
     totals = Totals(sum(item.total for item in items), root.flops)
     form = f"causal {model['topology']}" if model.get("causal") else model["topology"]
-    subtitle = f"{form}, {si(totals.params)} parameters, {si(totals.flops)} FLOPs forward (one example)"
+    subtitle = f"{form}, {count(totals.params)} parameters, {si(totals.flops)} FLOPs forward (one example)"
     return lay_out(items, title, subtitle, totals)
 
 

@@ -29,7 +29,7 @@ TITLE, DETAIL, LABEL, HEAD = 12.0, 10.5, 10.0, 15.0
 PAD, GAP, CLOSE, LANE, HEADER, PLUS, SHEETS = 10.0, 22.0, 13.0, 22.0, 26.0, 7.0, 4.0
 LANES_APART = 60.0
 ROOM, BROAD = 230.0, 260.0  # a box's options wrap beyond ROOM; no box is stretched beyond BROAD
-TALL, HIGH, MARGIN, GUTTER = 900.0, 420.0, 22.0, 40.0  # a picture's and a frame's height that asks for columns
+TALL, HIGH, MARGIN, GUTTER = 1000.0, 420.0, 22.0, 40.0  # a picture's and a frame's height that asks for columns
 
 
 def si(value: float) -> str:
@@ -38,6 +38,11 @@ def si(value: float) -> str:
         if abs(value) >= scale * 0.9995:
             return f"{value / scale:.3g}{suffix}"
     return f"{value:.0f}"
+
+
+def count(params: int) -> str:
+    """As si, with B for 10^9, as one counts parameters."""
+    return si(params).replace("G", "B")
 
 
 def shape_text(shape: Shape) -> str:
@@ -78,7 +83,7 @@ class Layout:
             places = self.lane_places(node)
             return sum(self.lane_widths(node)) + LANES_APART * (len(node.lanes) - 1), places[-1][2] + GAP
         w, h = self.columns_size(node.items, HIGH)
-        right = si(node.total) + (f"× {node.repeats} shared" if node.repeats > 1 else "")
+        right = count(node.total) + (f"× {node.repeats} shared" if node.repeats > 1 else "")
         header = width_of(node.title, TITLE, True) + width_of(right, DETAIL, True) + 5 * PAD
         top = 0.0 if node.items[0].form == "residual" else CLOSE
         top += 2 * CLOSE if len(self.columns(node.items, HIGH)) > 1 else 0.0
@@ -120,7 +125,7 @@ class Layout:
         return wrapped(", ".join(filter(None, ["shared weights" if node.shared else "", node.detail])))
 
     def params_text(self, node: Node) -> str:
-        return si(node.params) if node.params else ""
+        return count(node.params) if node.params else ""
 
     def share_text(self, node: Node) -> str:
         share = node.flops / self.totals.flops if self.totals.flops else 0.0
@@ -228,7 +233,7 @@ class Layout:
             self.scene.marks.append(Text(edge - wide / 2, y + 17.5, text, DETAIL, BACKGROUND, True, "middle"))
             edge -= wide + 7
         if node.total:
-            self.scene.marks.append(Text(edge, y + 17, si(node.total), DETAIL, PALE, anchor="end"))
+            self.scene.marks.append(Text(edge, y + 17, count(node.total), DETAIL, PALE, anchor="end"))
         start, residual = y + HEADER, node.items[0].form == "residual"
         bottom, marks = y + self.size(node)[1], self.scene.marks
         if len(self.columns(node.items, HIGH)) == 1:

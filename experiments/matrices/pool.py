@@ -1,5 +1,6 @@
 """Cells on every core, a process each: compiling is nearly all of the work, and one compilation uses one core."""
 
+import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 from experiments.matrices.cells import Cell
 
 Outcome = tuple[Cell, dict[str, Any]]
+BETWEEN = 10  # cells from one clearing of JAX's caches to the next
+_COUNT = itertools.count(1)
 
 
 def start(cores: Any) -> None:
@@ -27,8 +30,12 @@ def quick() -> None:
 
 
 def work(cell: Cell) -> dict[str, Any]:
+    import jax
+
     from experiments.matrices.run import run
 
+    if next(_COUNT) % BETWEEN == 0:  # what was compiled for former cells stays in memory otherwise
+        jax.clear_caches()
     return run(cell)
 
 
