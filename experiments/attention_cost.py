@@ -15,6 +15,7 @@ a figure is the median over rounds. --config.* overrides hold for --config and -
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -79,7 +80,7 @@ def measure_op(model: spans.Tree, length: int, heads: int, rounds: int, seconds:
     calls: dict[str, dict[str, Callable[[], Any]]] = {"forward": {}, "gradient": {}}
     memory: dict[str, dict[str, int]] = {"forward": {}, "gradient": {}}
 
-    def compiled(side: spans.Tree, kind: str) -> tuple[Any, tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
+    def compiled(side: spans.Tree, kind: str) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
         run, (count, width) = spans.stack(side, heads)
         shapes = (1, length, count, width), (model["depth"], 3, count, width)
         given = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
@@ -90,7 +91,7 @@ def measure_op(model: spans.Tree, length: int, heads: int, rounds: int, seconds:
         for kind in calls:
             program, given = compiled(side, kind)
             arrays = [jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(given)]
-            calls[kind][name] = lambda program=program, arrays=arrays: program(*arrays)
+            calls[kind][name] = functools.partial(program, *arrays)
             memory[kind][name] = program.memory_analysis().temp_size_in_bytes
     maps, _ = compiled(spans.with_implementation(spans.sides(model)["all full"], "ref"), "gradient")
     memory["gradient"]["score maps"] = maps.memory_analysis().temp_size_in_bytes

@@ -5,7 +5,7 @@
 What is taken over, from the checkpoint that --init_step names ("last", "best" or a step):
     parameters    all, and they must agree in path and shape. The one exception is a table of learned positions, which
                   may be shorter: its rows are copied, and the new places repeat them from the first place on (Beltagy
-                  et al. 2020, arXiv:2004.05150, section 5); the row of a CLS token stays one.
+                  et al. 2020, arXiv:2004.05150); the row of a CLS token stays one.
     optimiser     its moments, their count and the averaged parameters, with --init_optimizer=true (the default);
                   moments of the table's rows as the rows. With false they start as in a fresh run.
 What is not: the step and with it the schedule, which runs from its beginning over train.steps; the data order and the

@@ -5,7 +5,7 @@ the score entries of T tokens come to the share l / N + (1 - l / N) w / T of tho
 0.27 for l = 4, N = 24, w = 1024, T = 8192.
 
 Differences from the paper: any pair of mixers may hold the two roles, and the layers may be bidirectional. The paper
-has causal softmax attention in both, within fixed blocks in the near layers, and the full layers at the bottom.
+has causal softmax attention in both, block sparse or with a sliding window in the near layers.
 """
 
 from typing import Literal
