@@ -12,7 +12,7 @@ The argument is a size, and after it what is otherwise:
     -window   a sliding window of the same number of tokens in the near layers instead of blocks: about twice the work
     -learned  learned positions, as GPT-Neo, instead of rotary ones
 The paper (arXiv:2310.12442) has a pretrained decoder of 1.3B parameters; the sizes here are those of GPT-Neo 1.3B, its
-weights and vocabulary are not. The number of full layers is an option: --config.model.num_full=8, and so is where they are.
+weights and vocabulary are not. The number of full layers is an option, --config.model.num_full=8, and so is where.
 """
 
 from ml_collections import ConfigDict
