@@ -5,7 +5,7 @@ Run: python -m experiments.train --config=configs/diffusion/cifar10.py:vit-tiny 
 vit-tiny  64 patches of 4 x 4 pixels, 4 layers of attention over all of them
 fit-tiny  256 patches of 2 x 2 pixels in 16 groups of 4 x 4, 4 latents a group: local, global and local layers
 --config.objective.name=ddpm takes the diffusion of Ho et al. instead. The default of 600 steps shows that the loss
-falls and gives blots of colour; pictures of things need some hundred times as many.
+falls and the colours come; pictures of things need far more steps and a larger model.
 """
 
 from configs import parts
