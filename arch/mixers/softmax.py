@@ -23,6 +23,9 @@ class Softmax(nnx.Module):
 
     With kv_heads < num_heads several query heads share a key-value head: grouped-query attention (Ainslie et al. 2023,
     arXiv:2305.13245). Its decode state, the cache of keys and values, grows with max_length.
+
+    heads_at_once has so many heads projected, attended and added to the output at a time, one lot after the other: the
+    same sum with the intermediate values of a lot in place of those of all, for layers of many heads on one device.
     """
 
     modes = ("causal", "bidirectional")
@@ -38,6 +41,7 @@ class Softmax(nnx.Module):
         head_dim: Positive | None = None,  # K = V; None: width / num_heads
         kv_heads: Positive | None = None,  # G; None: num_heads
         bias: bool = False,
+        heads_at_once: Positive | None = None,  # None: all of them
         implementation: str | None = None,  # a name known to the op `attention`
         rotary: Rotary | None = None,
         causal_chunk: int | None = None,  # of a causal mixer: see arch/mixers/contract.py
@@ -47,13 +51,21 @@ class Softmax(nnx.Module):
         self.heads, self.groups = num_heads, num_heads if kv_heads is None else kv_heads
         if self.heads % self.groups:
             raise ConfigError("kv_heads", f"{self.groups} does not divide num_heads {num_heads}")
+        self.at_once = self.heads if heads_at_once is None else heads_at_once
+        if self.heads % self.at_once or self.at_once % (self.heads // self.groups):
+            raise ConfigError(
+                "heads_at_once", f"{heads_at_once} is no part of {self.heads} heads with whole key heads; change it"
+            )
         self.causal, self.rotary, self.causal_chunk = causal, rotary, causal_chunk
         self.implementation = known_implementation(implementation, IMPLEMENTATIONS)
         self.qkv = dense(width, (self.heads + 2 * self.groups) * self.head_dim, bias=bias, rngs=rngs)
         self.out = dense(self.heads * self.head_dim, width, bias=bias, rngs=rngs)
 
     def _project(self, x: Float[Array, "B T D"], start: int | Int[Array, ""]) -> list[Array]:
-        q, k, v = split_heads(self.qkv(x), sizes=(self.heads, self.groups, self.groups), head_dim=self.head_dim)
+        return self._split(self.qkv(x), (self.heads, self.groups, self.groups), start)
+
+    def _split(self, qkv: Array, sizes: tuple[int, int, int], start: int | Int[Array, ""]) -> list[Array]:
+        q, k, v = split_heads(qkv, sizes=sizes, head_dim=self.head_dim)
         if self.rotary is not None:
             q, k = self.rotary.rotate(q, start), self.rotary.rotate(k, start)
         return [q, k, v]
@@ -66,16 +78,43 @@ class Softmax(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Mixes along T. keep is False on padding, which nothing then attends to."""
-        q, k, v = self._project(x, 0)
-        y = attention(
-            *(q, k, v),
+        if self.at_once < self.heads:
+            return self._in_lots(x, keep, segment_ids)
+        return self.out(join_heads(self._attend(self._project(x, 0), keep, segment_ids)))
+
+    def _attend(self, qkv: list[Array], keep: Array | None, segment_ids: Array | None) -> Array:
+        length = qkv[0].shape[1]
+        return attention(
+            *qkv,
             causal=self.causal and self.causal_chunk is None,
-            block_mask=None if self.causal_chunk is None else np.tri(x.shape[1] // self.causal_chunk, dtype=bool),
+            block_mask=None if self.causal_chunk is None else np.tri(length // self.causal_chunk, dtype=bool),
             keep=keep,
             segment_ids=segment_ids,
             implementation=self.implementation,
         )
-        return self.out(join_heads(y))
+
+    def _in_lots(self, x: Array, keep: Array | None, segment_ids: Array | None) -> Array:
+        """y = sum over lots of attend(x W_lot) W_out,lot; a lot of the matrices is cut out inside the loop."""
+        groups = self.at_once * self.groups // self.heads
+        sizes = (self.at_once, groups, groups)
+        kernel = self.qkv.kernel[...].reshape(x.shape[-1], -1, self.head_dim)
+        bias = None if self.qkv.bias is None else self.qkv.bias[...].reshape(-1, self.head_dim)
+        out = self.out.kernel[...].reshape(self.heads // self.at_once, -1, x.shape[-1])
+
+        def cut(matrix: Array, lot: Array, axis: int) -> Array:
+            starts = (lot * self.at_once, self.heads + lot * groups, self.heads + self.groups + lot * groups)
+            slices = [jax.lax.dynamic_slice_in_dim(matrix, at, n, axis) for at, n in zip(starts, sizes)]
+            return jnp.concatenate(slices, axis).reshape(*matrix.shape[:axis], -1)
+
+        def step(total: Array, lot: Array) -> tuple[Array, None]:
+            qkv = x @ cut(kernel, lot, 1)
+            qkv = qkv if bias is None else qkv + cut(bias, lot, 0)
+            y = join_heads(self._attend(self._split(qkv, sizes, 0), keep, segment_ids))
+            return total + jnp.matmul(y, out[lot], preferred_element_type=jnp.float32), None
+
+        total, _ = jax.lax.scan(step, jnp.zeros(x.shape, jnp.float32), jnp.arange(self.heads // self.at_once))
+        total = total if self.out.bias is None else total + self.out.bias[...]
+        return total.astype(x.dtype)
 
     def read(
         self, x: Float[Array, "B T D"], count: int, *, keep: Bool[Array, "B T"] | None = None
