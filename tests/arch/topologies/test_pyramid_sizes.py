@@ -16,7 +16,7 @@ QUICK = ("poolformer.py:s12", "baselines.py:randformer_s12", "baselines.py:cafor
 
 @pytest.mark.parametrize(
     "source",
-    [source if source.endswith(QUICK) else pytest.param(source, marks=pytest.mark.exhaustive) for source in PUBLISHED],
+    [source if source.endswith(QUICK) else pytest.param(source, marks=pytest.mark.slow) for source in PUBLISHED],
 )
 def test_published_sizes(source):
     assert mismatches(sizes(source)) == []
