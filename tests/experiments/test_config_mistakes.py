@@ -213,7 +213,7 @@ def test_the_right_name_is_suggested() -> None:
     rng, right, total = random.Random(0), 0, 0
     for source in SOURCES:
         for path, value in LEAVES[source].items():
-            for _ in range(12):
+            for _ in range(4):
                 chooses = path.rpartition(".")[2] in ("name", "kind", "topology") and rng.random() < 0.5
                 name = value if chooses else path.rpartition(".")[2]
                 wrong = edited(name, rng)
@@ -287,8 +287,12 @@ VALID = {
 }
 
 
+# Models for which all of these fit together: no options that hang on each other, as in pyramids and decoders of groups.
+PLAIN = [source for source in SOURCES if source.startswith(("configs/lra", "configs/quickstart", "configs/synthetic"))]
+
+
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(source=st.sampled_from(SOURCES), overrides=st.fixed_dictionaries({}, optional=VALID))
+@given(source=st.sampled_from(PLAIN), overrides=st.fixed_dictionaries({}, optional=VALID))
 def test_valid_configs_are_accepted(source: str, overrides: dict[str, Any]) -> None:
     """As typed in a shell and as Python values, with the same result."""
     if TREES[source]["model"]["depth"] == 1:
