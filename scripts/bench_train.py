@@ -65,7 +65,8 @@ def archloom_side(parameters: str, threads: int):
     flat, _ = jax.tree_util.tree_flatten_with_path(state["params"])
     np.savez(parameters, **{"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in flat})
     run = jax.jit(
-        lambda state, batch: step.train_step(state, batch, apply=model.apply_with_losses, optimizer=optimizer), donate_argnums=0
+        lambda state, batch: step.train_step(state, batch, apply=model.apply_with_losses, optimizer=optimizer),
+        donate_argnums=0,
     )
     data = [{**b, "keep": np.ones((BATCH, LENGTH), bool), "weight": np.ones(BATCH, np.float32)} for b in batches()]
     metrics = []

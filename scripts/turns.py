@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a source tree that is not installed
 
-from experiments.turns import Side, provenance, serve  # noqa: E402
+from experiments.turns import Side, provenance, serve
 
 __all__ = ["Side", "provenance", "serve", "torch_missing"]
 
