@@ -82,6 +82,20 @@ class Experiment:
 # read instead of the generated ones only counts that it is given: the run records the hash of what it read.
 NOT_IDENTITY = ("seed", "task.data_dir", "train.save_every", "train.log_every", "train.keep")
 
+# Options added since runs were first kept, with what they were when they came: left out of the hash where they are still
+# that, so that an older run of the same experiment keeps its name. Add to this list with every new option.
+ADDED: tuple[tuple[str, Any], ...] = (
+    ("objective", {"name": "classify"}),
+    ("model.embedding", {"name": "tokens"}),
+    ("model.read", "all"),
+    ("model.parallel", False),
+    ("model.layer_scale", None),
+    ("model.drop_path", 0.0),
+    ("model.loops", 1),
+    ("model.scan", False),
+    ("model.parts.*.heads_at_once", None),
+)
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -308,14 +322,24 @@ def check_together(config: Mapping[str, Any]) -> None:
 
 
 def config_hash(config: Mapping[str, Any] | ml_collections.ConfigDict) -> str:
-    """Names the experiment: 12 hex digits of SHA-256 over the resolved config without NOT_IDENTITY."""
+    """Names the experiment: 12 hex digits of SHA-256 over the resolved config without NOT_IDENTITY and unused ADDED."""
     tree = plain(config)
     for path in NOT_IDENTITY:
-        *parents, leaf = path.split(".")
-        node = tree
-        for key in parents:
-            node = node.get(key, {})
-        node.pop(leaf, None)
+        for node, leaf in _places(tree, path.split(".")):
+            node.pop(leaf)
+    for path, original in ADDED:
+        for node, leaf in _places(tree, path.split(".")):
+            if node[leaf] == original and type(node[leaf]) is type(original):
+                node.pop(leaf)
     if (task := tree["task"]).get("tsv_dir") is not None:
         task["tsv_dir"] = "given"
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _places(tree: dict[str, Any], keys: list[str]) -> list[tuple[dict[str, Any], str]]:
+    """Where a path leads, as (section, key); "*" stands for every key of a section."""
+    first, *rest = keys
+    found = list(tree) if first == "*" else [first] if first in tree else []
+    if not rest:
+        return [(tree, key) for key in found]
+    return [place for key in found if isinstance(tree[key], dict) for place in _places(tree[key], rest)]

@@ -3,6 +3,7 @@
 A change shows as a diff. If it is meant: python -m pytest tests/test_golden.py --update-golden, and read the diff.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,13 @@ def test_quick_start_is_matched() -> None:
     assert abs(counts["hybrid"] / counts["softmax"] - 1) < 0.01
     assert heads["wide"] == heads["softmax"] == 16
     assert plan.si(counts["softmax"]).endswith("K")
+
+
+def test_options_added_later_leave_old_runs_their_names() -> None:
+    """The hash of a record that was made before these options came; anything but what they were makes another."""
+    source = "configs/synthetic/mqar.py:softmax"
+    file = Path(__file__).parent.parent / "results" / "learning.jsonl"
+    record = next(r for r in map(json.loads, file.read_text().splitlines()) if r["source"] == source)
+    assert config.config_hash(config.configure(source)) == record["config_hash"]
+    for changed in ({"model.loops": 2}, {"model.scan": True}, {"model.parts.mixer.heads_at_once": 2}):
+        assert config.config_hash(config.configure(source, changed)) != record["config_hash"]
