@@ -82,8 +82,8 @@ class Experiment:
 # read instead of the generated ones only counts that it is given: the run records the hash of what it read.
 NOT_IDENTITY = ("seed", "task.data_dir", "train.save_every", "train.log_every", "train.keep")
 
-# Options added since runs were first kept, with what they were when they came: left out of the hash where they are still
-# that, so that an older run of the same experiment keeps its name. Add to this list with every new option.
+# Options added since runs were first kept, with what they were when they came: left out of the hash where they are that
+# still, so that an older run of the same experiment keeps its name. Add to this list with every new option.
 ADDED: tuple[tuple[str, Any], ...] = (
     ("objective", {"name": "classify"}),
     ("model.embedding", {"name": "tokens"}),
