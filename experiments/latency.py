@@ -1,13 +1,14 @@
 """Inference latency and peak memory of two configs on this device, in one run, turn by turn.
 
-    python -m experiments.latency --config=configs/wide/imdb_bytes.py:deep --against=configs/wide/imdb_bytes.py:wide
-        [--batch=1,32] [--lengths=1000,4000] [--read=all,pooled] [--rounds=7] [--record=results/latency.jsonl]
+    python -m experiments.latency --config=configs/wide/imdb_bytes.py:softmax-6x8
+        --against=configs/wide/imdb_bytes.py:softmax-1x48 [--batch=1,32] [--lengths=1000,4000] [--read=all,pooled]
+        [--rounds=7] [--record=results/latency.jsonl]
 
 Each side of each case is a process of its own, with its forward pass compiled for one batch and length. The two take
 turns, each repeating the pass for about --seconds; a time is the median of a turn, a figure the median over rounds
 (lowest to highest), a ratio --config by --against, round by round; on a busy machine the processor time of all cores is
-the steadier figure. Inputs are random and without padding, parameters
-fresh: no data set is read. --lengths replaces the length of the task's inputs; --config.* overrides hold for both.
+the steadier figure. Inputs are random and without padding, parameters fresh: no data set is read. --lengths replaces the
+length of the task's inputs; --config.* overrides hold for both.
 
 --read=all,pooled measures every case twice: as it is, and with model.read=pooled, where the last layer computes the one
 token that the classifier reads and nothing else. The logits are the same but for rounding.
@@ -214,7 +215,7 @@ def main(argv: list[str]) -> int:
         return 0
     for flag, value in (("--config", source), ("--against", flags.against)):
         if not value:
-            raise ConfigError(flag, "missing; name a config file, such as configs/wide/imdb_bytes.py:wide")
+            raise ConfigError(flag, "missing; name a config file, such as configs/wide/imdb_bytes.py:softmax-1x48")
     if flags.rounds < 1:
         raise ConfigError("--rounds", f"{flags.rounds} is not above 0")
     batches = numbers(flags.batch, "--batch")
