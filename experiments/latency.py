@@ -7,8 +7,8 @@
 Each side of each case is a process of its own, with its forward pass compiled for one batch and length. The two take
 turns, each repeating the pass for about --seconds; a time is the median of a turn, a figure the median over rounds
 (lowest to highest), a ratio --config by --against, round by round; on a busy machine the processor time of all cores is
-the steadier figure. Inputs are random and without padding, parameters fresh: no data set is read. --lengths replaces the
-length of the task's inputs; --config.* overrides hold for both.
+the steadier figure. Inputs are random and without padding, parameters fresh: no data set is read. --lengths replaces
+the length of the task's inputs; --config.* overrides hold for both.
 
 --read=all,pooled measures every case twice: as it is, and with model.read=pooled, where the last layer computes the one
 token that the classifier reads and nothing else. The logits are the same but for rounding.
