@@ -55,6 +55,19 @@ def base(*, task: str, steps: int, batch_size: int, **task_options: Any) -> Conf
     )
 
 
+def language(*, lr: float, warmup: int) -> dict[str, Any]:
+    """The section `optimizer` of language models on bytes: AdamW .9/.95, decay of matrices alone, clipped, cosine."""
+    return {
+        "name": "adamw",
+        "lr": lr,
+        "b2": 0.95,
+        "weight_decay": 0.1,
+        "decay": "matrices",
+        "clip": 1.0,
+        "schedule": {"name": "cosine", "warmup": warmup},
+    }
+
+
 def metaformer(
     *,
     width: int,

@@ -37,15 +37,7 @@ def get_config(size: str = "tiny"):
     steps, length, batch = (20_000, 65_536, 1) if long else (2_000, 512, 8)
     config = parts.base(task="text_file", steps=steps, batch_size=batch, file="text.txt", length=length)
     config.model = SIZES[size]()
-    config.optimizer = {
-        "name": "adamw",
-        "lr": 3e-4 if long else 1e-3,
-        "b2": 0.95,
-        "weight_decay": 0.1,
-        "decay": "matrices",
-        "clip": 1.0,
-        "schedule": {"name": "cosine", "warmup": steps // 20},
-    }
+    config.optimizer = parts.language(lr=3e-4 if long else 1e-3, warmup=steps // 20)
     config.train.update(eval_every=steps // 10, save_every=steps // 10)
     if long:
         config.train.update(precision="bf16", remat="full")

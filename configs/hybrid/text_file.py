@@ -31,15 +31,7 @@ def get_config(name: str = "delta_net-local"):
     config.model.head = {"name": "language_model"}
     config.model.causal = True
     config.model.scan = name != "looped"
-    config.optimizer = {
-        "name": "adamw",
-        "lr": 3e-4,
-        "b2": 0.95,
-        "weight_decay": 0.1,
-        "decay": "matrices",
-        "clip": 1.0,
-        "schedule": {"name": "cosine", "warmup": 1_000},
-    }
+    config.optimizer = parts.language(lr=3e-4, warmup=1_000)
     config.train.update(precision="bf16", remat="full", eval_every=1_000, save_every=1_000)
     return config
 

@@ -59,15 +59,7 @@ def get_config(arg: str = "tiny"):
             "scan": large,  # two loops, of the full and of the near layers: compile time stays flat with depth
         }
     )
-    config.optimizer = {
-        "name": "adamw",
-        "lr": 2e-4 if large else 1e-3,
-        "b2": 0.95,
-        "weight_decay": 0.1,
-        "decay": "matrices",
-        "clip": 1.0,
-        "schedule": {"name": "cosine", "warmup": steps // 20},
-    }
+    config.optimizer = parts.language(lr=2e-4 if large else 1e-3, warmup=steps // 20)
     config.train.update(eval_every=steps // 10, save_every=steps // 10)
     if large:
         config.train.update(precision="bf16", remat="full")

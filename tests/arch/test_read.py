@@ -61,7 +61,8 @@ def test_read_of_softmax(causal, count):
     mixer.qkv.bias[...] = jax.random.normal(jax.random.key(3), mixer.qkv.bias.shape)  # nearly zero at first
     x = jax.random.normal(jax.random.key(0), (2, 10, 16))
     keep = jnp.arange(10) < jnp.array([[10], [6]])
-    got = nnx.jit(lambda m: m.read(x, count, keep=keep))(mixer)
+    graph, state = nnx.split(mixer)
+    got = jax.jit(lambda state: nnx.merge(graph, state).read(x, count, keep=keep))(state)
     np.testing.assert_allclose(got, mixer(x, keep=keep)[:, :count], rtol=1e-5, atol=1e-5)
 
 

@@ -36,9 +36,13 @@ def test_equals_all_at_once(name, causal):
     keep = jnp.arange(9) < jnp.array([[9], [5]])
     weights = jax.random.normal(jax.random.key(2), x.shape) * keep[..., None]
 
-    @nnx.jit
     def value_and_grads(mixer, x):
-        return nnx.value_and_grad(lambda m, x: jnp.sum(weights * m(x, keep=keep)), argnums=(0, 1))(mixer, x)
+        graph, state = nnx.split(mixer)
+
+        def loss(state, x):
+            return jnp.sum(weights * nnx.merge(graph, state)(x, keep=keep))
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state, x)
 
     got, want = value_and_grads(make(), x), value_and_grads(make(heads_at_once=None), x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
