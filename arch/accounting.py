@@ -17,6 +17,7 @@ from arch.model import Functional, functional
 from arch.registry import CHANNEL_MIXERS, HEADS, MIXERS, POSITIONS
 from arch.spec import InputSpec, Spec
 from arch.topologies.stack import Repeated
+from kernels_pallas import dispatch
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,21 @@ def parameter_table(model: Mapping[str, Any], spec: Spec) -> tuple[Part, ...]:
     return _parts(net, net.abstract(), {})
 
 
+@dispatch.target("cpu")  # the XLA forms are counted, whatever device this is made on or for
 def forward_flops(model: Mapping[str, Any], spec: Spec) -> float:
     """Of one example of the longest length."""
     net = functional(model, spec)
     return flops.count(_apply(net), net.abstract(), _inputs(spec)).flops
 
 
+@dispatch.target("cpu")  # the XLA forms are counted, whatever device this is made on or for
 def forward_macs(model: Mapping[str, Any], spec: Spec) -> float:
     """Multiply-accumulates in matrix products and convolutions of one example: what papers on vision call MACs."""
     net = functional(model, spec)
     return flops.count(_apply(net), net.abstract(), _inputs(spec)).products / 2
 
 
+@dispatch.target("cpu")  # the XLA forms are counted, whatever device this is made on or for
 def account(model: Mapping[str, Any], spec: Spec, *, dtype: Any = jnp.float32, remat: str = "none") -> Account:
     """The costs of a config's section `model` on a task's inputs."""
     net = functional(model, spec, remat=remat)

@@ -1,6 +1,6 @@
 """Choice of an op's implementation: by the platform a program is lowered for; a name asked for is never swapped.
 
-The platform is that of the mesh (`jax.set_mesh`), else the one of `target`, else of the environment variable
+The platform is the one of `target`, else that of the mesh (`jax.set_mesh`), else of the environment variable
 ARCHLOOM_PLATFORM. Where none is known, one form a platform is traced and the compiler keeps that of the platform it
 lowers for (jax.lax.platform_dependent): so a program lowered on one machine for another gets the other's kernels.
 """
@@ -33,7 +33,7 @@ _branch: contextvars.ContextVar[str | None] = contextvars.ContextVar("branch", d
 
 @contextmanager
 def target(platform: str, device_kind: str | None = None) -> Iterator[None]:
-    """Traces for one platform only, "cpu", "cuda", "rocm" or "tpu"; a mesh that is set goes before it."""
+    """Traces for one platform only, "cpu", "cuda", "rocm" or "tpu", whatever the mesh; also a decorator."""
     if platform not in PLATFORMS:
         raise ValueError(f"dispatch.target: platform must be one of {PLATFORMS}, got {platform!r}")
     with _target((platform, device_kind)):
@@ -54,12 +54,12 @@ def device_kind() -> str | None:
 
 
 def _known() -> tuple[str | None, str | None]:
+    if _target.value is not None:
+        return _target.value
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         name = {"gpu": "cuda"}.get(device.platform, device.platform)
         return ("rocm" if name == "cuda" and "NVIDIA" not in device.device_kind else name), device.device_kind
-    if _target.value is not None:
-        return _target.value
     name = os.environ.get("ARCHLOOM_PLATFORM") or None
     if name is not None and name not in PLATFORMS:
         raise ValueError(f"ARCHLOOM_PLATFORM must be one of {PLATFORMS} or unset, got {name!r}")
