@@ -8,10 +8,17 @@ from jaxtyping import Array, Float
 
 from kernels_pallas import dispatch
 from kernels_pallas.delta_rule.chunked import delta_rule_chunked
+from kernels_pallas.delta_rule.pallas_tpu import delta_rule_tpu
 from kernels_pallas.delta_rule.ref import delta_rule_ref
+from kernels_pallas.sharded import Axes
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"ref": delta_rule_ref, "chunked": delta_rule_chunked}
-AUTO = ("chunked",)  # in order of preference
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "ref": delta_rule_ref,
+    "chunked": delta_rule_chunked,
+    "pallas_tpu": delta_rule_tpu,
+}
+AUTO = {"tpu": ("pallas_tpu", "chunked"), "default": ("chunked",)}  # by platform, in order of preference
+AXES = Axes(ins=("B.H.", "B.H.", "B.H.", "B.H", "B.H", "BH.."), outs=("B.H.", "BH.."))
 
 
 def delta_rule(
@@ -40,7 +47,7 @@ def delta_rule(
       beta: the strength of each write. beta = 0 or k = 0 writes nothing (padding).
       log_decay: g, at most 0. None is 0. -inf forgets all before t exactly.
       state: S_0 in float32, zeros if None.
-      implementation: a key of IMPLEMENTATIONS; None takes the first in AUTO that does not refuse.
+      implementation: a key of IMPLEMENTATIONS; None takes the first of AUTO for the platform that does not refuse.
 
     Returns:
       y in the dtype of v, and S_T in float32 (S_0 if T = 0). Sums run in float32 whatever the inputs.
@@ -62,5 +69,7 @@ def delta_rule(
     state = state.astype(jnp.float32)
     if 0 in v.shape or width == 0:
         return jnp.zeros_like(v), state
-    y, state = dispatch.call("delta_rule", IMPLEMENTATIONS, implementation, AUTO, *(q, k, v, beta, log_decay, state))
-    return y.astype(v.dtype), state
+    args = (q, k, v, beta, log_decay, state)
+    return dispatch.call(
+        "delta_rule", IMPLEMENTATIONS, implementation, AUTO, *args, axes=AXES, dtypes=(v.dtype, jnp.float32)
+    )

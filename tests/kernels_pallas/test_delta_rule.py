@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import dispatch
 from kernels_pallas.delta_rule import IMPLEMENTATIONS, delta_rule
 from kernels_pallas.delta_rule.chunked import _solve, delta_rule_chunked
 from tests.numerics import rel_rms
 
-OTHERS = sorted(set(IMPLEMENTATIONS) - {"ref"})
+EVERYWHERE = sorted(set(IMPLEMENTATIONS) - set(dispatch.KERNELS))  # the kernels have files of their own
+OTHERS = sorted(set(EVERYWHERE) - {"ref"})
 DECAYS = [None, 0.1, 30.0]  # none, weak, so strong that exp of a sum over a chunk underflows
 
 
@@ -64,7 +66,7 @@ def by_loops(q, k, v, beta, log_decay=None, state=None):
     return y, last
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("state", [False, True])
 def test_equals_the_definition(implementation, decay, state):
@@ -106,7 +108,7 @@ def test_bfloat16(implementation, decay):
         assert rel_rms(got[name], want[name]) < 1e-2, name
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 def test_forgets_exactly(implementation):
     """-inf forgets everything before, and what follows is as exact as in a fresh sequence."""
     arrays = make_inputs(1, 90, 2, 5, 4, decay=0.1)
@@ -123,7 +125,7 @@ def test_forgets_exactly(implementation):
     assert rel_rms(grads["dlog_decay"], want["dlog_decay"]) < 1e-5
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 def test_two_halves_equal_the_whole(implementation):
     arrays = make_inputs(2, 100, 2, 5, 4, decay=0.1)
     state, parts = arrays.pop("state"), []
@@ -135,7 +137,7 @@ def test_two_halves_equal_the_whole(implementation):
     assert rel_rms(state, last) < 1e-5
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 @pytest.mark.parametrize("name", ["beta", "k"])
 def test_padding_writes_nothing(implementation, name):
     """beta = 0 or k = 0 in front, between and behind, and through a whole row."""
@@ -154,7 +156,7 @@ def test_padding_writes_nothing(implementation, name):
         assert rel_rms(got[output], want[output]) < 1e-5, output
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 def test_empty(implementation):
     arrays = make_inputs(2, 0, 2, 5, 4, decay=1.0)
     got = forward_and_grads(implementation, arrays)

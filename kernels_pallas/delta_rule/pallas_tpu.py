@@ -1,0 +1,131 @@
+"""The delta rule on TPU (Pallas Mosaic TPU): layout, padding and the gradient rule. README.md has the derivation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from kernels_pallas import mosaic_tpu
+from kernels_pallas.delta_rule import tiles
+from kernels_pallas.delta_rule.pallas_tpu_backward import backward
+from kernels_pallas.delta_rule.pallas_tpu_chunk import FORGET
+from kernels_pallas.delta_rule.pallas_tpu_forward import forward
+from kernels_pallas.delta_rule.tiles import Plan
+
+
+def delta_rule_tpu(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    beta: Float[Array, "B T H"],
+    log_decay: Float[Array, "B T H"] | None,
+    state: Float[Array, "B H K V"],
+    *,
+    chunk: int | None = None,
+    units: int | None = None,
+    interpret: mosaic_tpu.Interpret | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """y in the dtype of v and the last state of api.delta_rule.
+
+    Args:
+      chunk: tokens a chunk, a power of two from 8 to 256. units: heads times chunks a grid step.
+      interpret: as mosaic_tpu.call; None as the context says.
+
+    Raises:
+      NotImplementedError: float16, or states too wide for VMEM.
+    """
+    mosaic_tpu.refuse_float16("delta_rule", q, k, v)
+    dtype = jnp.result_type(q, k, v)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    heads, length = q.shape[2], q.shape[1]
+    key_width, value_width = (tiles.width(x.shape[-1], heads) for x in (k, v))
+    if length == 0:
+        return v, state
+    chunk = min(chunk or tiles.CHUNK, max(tiles.LEAST, 1 << (length - 1).bit_length()))
+    units = units or tiles.UNITS
+    together = tiles.heads_together(heads, key_width, value_width, units)
+    chunks = -(-length // chunk)
+    plan = Plan(
+        chunk=chunk,
+        heads=together,
+        per_step=max(1, min(units // together, chunks)),
+        key_width=key_width,
+        value_width=value_width,
+        gated=log_decay is not None,
+        decay_parts=3 if dtype == jnp.float32 else 2,
+        interpret=mosaic_tpu.interpreted() if interpret is None else interpret,
+        vmem=None,
+    )
+    return _padded(plan, q, k, v, beta, log_decay, state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _padded(plan: Plan, q, k, v, beta, log_decay, state):
+    """Fills up lengths and widths with zeros, which write nothing, and cuts the results."""
+    length, value_width = v.shape[1], v.shape[-1]
+    more = -length % (plan.chunk * plan.per_step)
+    key_more, value_more = plan.key_width - q.shape[-1], plan.value_width - value_width
+
+    def fill(x, *ends):
+        return jnp.pad(x, [(0, end) for end in ends]) if any(ends) else x
+
+    q, k = (fill(x, 0, more, 0, key_more) for x in (q, k))
+    v = fill(v, 0, more, 0, value_more)
+    gates = [fill(x.astype(jnp.float32), 0, more, 0) for x in (beta, log_decay) if x is not None]
+    y, last = _delta(plan, q, k, v, gates, fill(state, 0, 0, key_more, value_more))
+    return y[:, :length, :, :value_width], last[:, :, : state.shape[2], :value_width]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _delta(plan: Plan, q, k, v, gates, state):
+    return _forward(plan, q, k, v, gates, state, save=False)[:2]
+
+
+def _forward(plan: Plan, q, k, v, gates, state, save):
+    cost = pl.CostEstimate(flops=0, bytes_accessed=0, transcendentals=0)
+    y, *rest = forward(plan, _flat(q), _flat(k), _flat(v), _rows(plan, gates), state, save=save, cost=cost)
+    return y.reshape(v.shape), *rest
+
+
+def _save(plan: Plan, q, k, v, gates, state):
+    y, last, states = _forward(plan, q, k, v, gates, state, save=True)
+    return (y, last), (q, k, v, gates, states)
+
+
+def _backward(plan: Plan, saved, cotangents):
+    q, k, v, gates, states = saved
+    dy, dlast = cotangents
+    cost = pl.CostEstimate(flops=0, bytes_accessed=0, transcendentals=0)
+    dq, dk, dv, dgates, dstate = backward(
+        plan, _flat(q), _flat(k), _flat(v), _flat(dy), _rows(plan, gates), states, dlast, cost=cost
+    )
+    dgates = _unrows(plan, dgates, len(gates))
+    if plan.gated:  # at or below FORGET nothing changes
+        dgates[1] = jnp.where(gates[1] >= FORGET, dgates[1], 0.0)
+    return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape), dgates, dstate
+
+
+_delta.defvjp(_save, _backward)
+
+
+def _flat(x):
+    """[B T H K] -> [B T H*K], which moves nothing."""
+    return x.reshape(*x.shape[:2], -1)
+
+
+def _rows(plan: Plan, gates):
+    """[B T H] of each gate -> [B H/n chunks R C], n rows a gate, filled up to a multiple of 8."""
+    batch, length = gates[0].shape[:2]
+    gates = [gates[0], *(jnp.maximum(x, FORGET) for x in gates[1:])]
+    rows = jnp.stack([x.reshape(batch, length // plan.chunk, plan.chunk, -1, plan.heads) for x in gates], -2)
+    rows = rows.reshape(*rows.shape[:4], -1).transpose(0, 3, 1, 4, 2)
+    return jnp.pad(rows, [(0, 0)] * 3 + [(0, -rows.shape[3] % 8), (0, 0)])
+
+
+def _unrows(plan: Plan, rows, count):
+    """The transpose of _rows."""
+    batch, groups, chunks = rows.shape[:3]
+    rows = rows[:, :, :, : count * plan.heads].reshape(batch, groups, chunks, count, plan.heads, plan.chunk)
+    return list(rows.transpose(3, 0, 2, 5, 1, 4).reshape(count, batch, chunks * plan.chunk, groups * plan.heads))
