@@ -44,9 +44,11 @@ class Cost:
 
 
 def count(function: Callable[..., Any], *args: Any) -> Cost:
-    """The cost of one call. args are arrays or ShapeDtypeStructs."""
+    """The cost of one call, of the whole of it under any mesh. args are arrays or ShapeDtypeStructs."""
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # else ops show one device's share
+        jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     cost = Cost()
-    for equation, times, scope in _walk(jax.make_jaxpr(function)(*args).jaxpr, 1.0, ""):
+    for equation, times, scope in _walk(jaxpr, 1.0, ""):
         flops, transcendentals = _equation(equation)
         cost.flops += times * flops
         cost.transcendentals += times * transcendentals

@@ -80,7 +80,7 @@ def call(
 
     Args:
       auto: names in order of preference, or such a sequence for each platform, with "default" for those not named.
-      axes: how the arrays are cut over a mesh, for the implementations that the compiler cannot partition.
+      axes: how the arrays are cut over a mesh; None leaves that to the compiler.
       dtypes: of the results; an implementation that returns another is cast.
 
     Raises:
@@ -138,7 +138,7 @@ class _Op:
         known = _known()[0]
         if name in KERNELS and known not in (None, KERNELS[name]) and not mosaic_tpu.interpreted():
             raise NotImplementedError(f"{name} runs on {KERNELS[name]}, and this program is lowered for {known}")
-        if self.axes is not None and name in self.axes.wrap:
+        if self.axes is not None:
             result = sharded.call(self.op, lambda *arrays: function(*arrays, **kwargs), args, self.axes)
         else:
             result = function(*args, **kwargs)

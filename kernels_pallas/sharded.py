@@ -1,4 +1,7 @@
-"""Kernels over a mesh: the compiler cannot partition them, so each device runs its own rows and heads."""
+"""Ops over a mesh: each device runs its own rows and heads.
+
+The compiler cannot partition kernels, nor loops over rows and heads without communication.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -20,12 +23,11 @@ class Axes:
 
     "B" is the batch, over the mesh axes data and fsdp; "H" the heads or channels, over tensor; "." stays whole. So is
     a dimension of size 1, which is broadcast. An argument that is None, or a string that is, passes as it is. Keyword
-    arguments are not cut: they hold no arrays of these axes. wrap: the implementations that need it.
+    arguments are not cut: they hold no arrays of these axes.
     """
 
     ins: tuple[str | None, ...]
     outs: tuple[str | None, ...]
-    wrap: tuple[str, ...] = ("pallas_tpu", "pallas_gpu")
 
 
 def call(op: str, function: Callable[..., Any], args: Sequence[Any], axes: Axes) -> Any:

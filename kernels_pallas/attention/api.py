@@ -11,9 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 from kernels_pallas import dispatch
 from kernels_pallas.attention.chunked import attention_chunked
 from kernels_pallas.attention.ref import attention_ref
+from kernels_pallas.sharded import Axes
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"ref": attention_ref, "chunked": attention_chunked}
-AUTO = ("chunked",)  # in order of preference
+AUTO = {"cpu": ("chunked",), "default": ("chunked",)}  # in order of preference; chunked differs on a CPU
 
 Window = tuple[int | None, int | None]
 Pair = tuple[Array, Array]
@@ -109,6 +110,7 @@ def attention(  # type: ignore[misc]  # the options of the overloads are those b
             block_mask=block_mask,
             scale=width**-0.5 if scale is None else scale,
             activation=activation,
+            axes=_axes(block_mask, activation),
         )
     return (y, lse) if return_lse else y
 
@@ -120,6 +122,14 @@ def _window(window: Window | None, causal: bool) -> Window:
         if side is not None and side < 0:
             raise ValueError(f"attention: window {name} must be at least 0 or None, got {side}")
     return left, (0 if causal else right)
+
+
+def _axes(block_mask: np.ndarray | None, activation: str) -> Axes:
+    """How the arrays are cut over a mesh; a block mask of its own for every head keeps the heads together."""
+    ins, lse = ("B.H.", "B.H.", "B.H.", "BH..", "B.", "B.", "B."), "B.H"
+    if block_mask is not None and len(block_mask) > 1:
+        ins, lse = tuple(letters.replace("H", ".") for letters in ins), "B.."
+    return Axes(ins, (ins[0], lse if activation == "softmax" else None))
 
 
 def _block_mask(mask: np.ndarray, heads: int, queries: int, keys: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas import dispatch
 from kernels_pallas.attention import tiles
 from kernels_pallas.attention.gathered import attention_band, attention_table, split_rows
 
@@ -52,18 +53,19 @@ def attention_chunked(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"] | None]:
     """y, lse of api.attention. The backward pass keeps the arguments, y and lse: memory linear in T and S."""
     given = (q, k, v, bias, keep, q_segments, k_segments)
+    shared = {"scale": scale, "activation": activation, "looped": dispatch.platform() == "cpu"}
     band, near = None, None
     if bias is None and block_mask is None:
         band = _band(k.shape[1], window)
     elif bias is None and block_mask is not None and window == (None, None):
         near = split_rows(block_mask, q.shape[1], k.shape[1])
     if band is not None:
-        y, lse = attention_band(q, k, v, keep, q_segments, k_segments, window=band, scale=scale, activation=activation)
+        y, lse = attention_band(q, k, v, keep, q_segments, k_segments, window=band, **shared)
     elif near is not None:
         assert block_mask is not None
-        y, lse = _by_rows(near, *given, block_mask=block_mask, scale=scale, activation=activation)
+        y, lse = _by_rows(near, *given, block_mask=block_mask, **shared)
     else:
-        y, lse = _by_pairs(*given, window=window, block_mask=block_mask, scale=scale, activation=activation)
+        y, lse = _by_pairs(*given, window=window, block_mask=block_mask, **shared)
     return y, (lse if activation == "softmax" else None)
 
 
@@ -99,11 +101,11 @@ def _by_rows(near, q, k, v, bias, keep, q_segments, k_segments, *, block_mask, *
     return jnp.concatenate([y, far[0]], 1)[:, place], jnp.concatenate([lse, far[1]], 1)[:, place]
 
 
-def _by_pairs(q, k, v, bias, keep, q_segments, k_segments, *, window, block_mask, scale, activation):
+def _by_pairs(q, k, v, bias, keep, q_segments, k_segments, *, window, block_mask, scale, activation, looped):
     """Tiles of queries against tiles of keys with a running softmax, pair after pair."""
     (batch, queries, heads, _), (keys, groups) = q.shape, k.shape[1:3]
     skips = window != (None, None) or block_mask is not None
-    units, rows, columns = tiles.choose(batch, groups, queries, keys, skips)
+    units, rows, columns = tiles.choose(batch, groups, queries, keys, skips, looped)
     masked = q_segments is not None
     inner, edge = _visible_pairs(queries, keys, rows, columns, window, block_mask, masked)
     blocks = None if block_mask is None else (block_mask.shape, block_mask.tobytes())

@@ -42,6 +42,7 @@ def attention_band(
     window: tuple[int, int],
     scale: float,
     activation: str,
+    looped: bool,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """y, lse of api.attention for a window closed on both sides: O(T (left + right) K) a head, memory linear in T."""
     (batch, queries, heads, _), (keys, groups) = q.shape, k.shape[1:3]
@@ -49,7 +50,7 @@ def attention_band(
     rows = tiles.band_rows(left + right)
     before, after = -(-left // rows), -(-right // rows)  # key blocks that stick out on either side
     slots = before + 1 + after
-    units, step = tiles.choose_steps(batch, groups, -(-queries // rows), heads // groups * rows * slots * rows)
+    units, step = tiles.choose_steps(batch, groups, -(-queries // rows), heads // groups * rows * slots * rows, looped)
     blocks = -(-queries // (rows * step)) * step
     plan = Plan(
         *(heads // groups, units, blocks, step, rows, rows, slots, window, None, float(scale), activation),
@@ -76,6 +77,7 @@ def attention_table(
     block_mask: Bool[np.ndarray, "J M N"],
     scale: float,
     activation: str,
+    looped: bool,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """y, lse of api.attention for a block mask: T times the largest number of blocks in a row, whatever the others'."""
     (batch, queries, heads, _), (keys, groups) = q.shape, k.shape[1:3]
@@ -84,7 +86,7 @@ def attention_table(
     table = _slots(block_mask)  # [J M slots]
     deep, wide = block_mask.shape[1:]
     rows, columns, slots = queries // deep, keys // wide, table.shape[-1]
-    units, step = tiles.choose_steps(batch, groups, deep, heads // groups * rows * slots * columns)
+    units, step = tiles.choose_steps(batch, groups, deep, heads // groups * rows * slots * columns, looped)
     blocks = -(-deep // step) * step
     table = np.pad(table, [(0, 0), (0, blocks - deep), (0, 0)], constant_values=wide)
     plan = Plan(

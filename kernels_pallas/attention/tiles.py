@@ -1,6 +1,7 @@
-"""Tile sizes of the chunked form, each with its measurement."""
+"""Tile sizes of the chunked form, each with its measurement.
 
-import jax
+`looped`: the program is for a CPU, whose caches want few rows and heads at a time; other devices want all at once.
+"""
 
 ROWS = COLUMNS = 1024  # where every key is visible
 SKIPPED = 384  # where tiles can be left out: taking turns, 256 was slower at 1K to 4K, 512 at 1K and 2K
@@ -10,17 +11,17 @@ BAND = (64, 256)  # queries a block of a band: window / 4 within these; for 128 
 GATHERED = (16, 1024)  # the block sizes of a mask whose key blocks are gathered: smaller ones are slow products
 
 
-def choose(batch, groups, queries, keys, skips):
+def choose(batch, groups, queries, keys, skips, looped):
     """((batch rows, key heads) a step, queries a tile, keys a tile); skips: some tiles can be left out."""
     rows, columns = (SKIPPED, SKIPPED) if skips else (ROWS, COLUMNS)
     rows, columns = _even(queries, rows), _whole(_even(keys, columns))
-    return _units(batch, groups, rows * columns), rows, columns
+    return _units(batch, groups, rows * columns, looped), rows, columns
 
 
-def choose_steps(batch, groups, blocks, elements):
+def choose_steps(batch, groups, blocks, elements, looped):
     """((batch rows, key heads), query blocks) a step; elements: the scores of one block and key head."""
-    units = _units(batch, groups, blocks * elements)
-    most = max(1, ELEMENTS // elements) if units == (1, 1) or _looped() else blocks
+    units = _units(batch, groups, blocks * elements, looped)
+    most = max(1, ELEMENTS // elements) if units == (1, 1) or looped else blocks
     steps = -(-blocks // most)
     return units, -(-blocks // steps)
 
@@ -30,13 +31,9 @@ def band_rows(window):
     return min(max(-(-window // 64) * 16, BAND[0]), BAND[1])
 
 
-def _looped():
-    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
-
-
-def _units(batch, groups, elements):
-    if not _looped():
-        return batch, groups  # no loop over axes that may be sharded or run in parallel
+def _units(batch, groups, elements, looped):
+    if not looped:
+        return batch, groups
     most = max(1, ELEMENTS // elements)
     heads = _divisor(groups, most)
     return (_divisor(batch, most // groups) if heads == groups else 1, heads)

@@ -9,9 +9,10 @@ from jaxtyping import Array, Float
 from kernels_pallas import dispatch
 from kernels_pallas.linear_attention.chunked import linear_attention_chunked
 from kernels_pallas.linear_attention.ref import linear_attention_ref
+from kernels_pallas.sharded import Axes
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"ref": linear_attention_ref, "chunked": linear_attention_chunked}
-AUTO = ("chunked",)  # in order of preference
+AUTO = {"cpu": ("chunked",), "default": ("chunked",)}  # in order of preference; chunked differs on a CPU
 
 
 def linear_attention(
@@ -65,7 +66,15 @@ def linear_attention(
         y = jnp.zeros(v.shape, jnp.float32)
     else:
         y, state = dispatch.call(
-            "linear_attention", IMPLEMENTATIONS, implementation, AUTO, *(q, k, v, log_decay, state)
+            "linear_attention",
+            IMPLEMENTATIONS,
+            implementation,
+            AUTO,
+            *(q, k, v, log_decay, state),
+            axes=Axes(
+                ("B.H.", "B.H.", "B.H.", None if log_decay is None else "B.H."[: log_decay.ndim], "BH.."),
+                ("B.H.", "BH.."),
+            ),
         )
     if normalize:
         total = y[..., -1:]

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from kernels_pallas import dispatch
+
 CHUNK = 64  # tokens, a power of two
 BLOCK = 512  # tokens a step of the scan: as many chunks as stay in a core's cache
 VECTOR_BLOCK = 256  # with a decay a key channel, which needs more room a token
@@ -36,7 +38,8 @@ def linear_attention_chunked(
     chunk = min(chunk, 1 << (length - 1).bit_length())
     blocks = -(-length // max(block, chunk))
     size = -(-length // (blocks * chunk)) * chunk
-    rows = _rows(batch, max(1, block // size))
+    looped = dispatch.platform() == "cpu"  # elsewhere all rows at once
+    rows = _divisor(batch, max(1, block // size)) if looped else batch
 
     def cut(x):  # [B T *] -> [B/rows blocks rows size *], filled up with zeros: k = 0 and no decay change nothing
         x = jnp.pad(x, [(0, 0), (0, blocks * size - length)] + [(0, 0)] * (x.ndim - 2))
@@ -56,10 +59,7 @@ def linear_attention_chunked(
     return y[:, :length], last.reshape(state.shape)
 
 
-def _rows(batch, most):
-    """Rows a block: all where the axis may be sharded or the device wants it whole, else what divides and fits."""
-    if jax.default_backend() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
-        return batch
+def _divisor(batch, most):
     return max(n for n in range(1, min(batch, most) + 1) if batch % n == 0)
 
 
