@@ -8,11 +8,20 @@ from jaxtyping import Array, Float
 
 from kernels_pallas import dispatch
 from kernels_pallas.linear_attention.chunked import linear_attention_chunked
+from kernels_pallas.linear_attention.pallas_tpu import linear_attention_tpu
 from kernels_pallas.linear_attention.ref import linear_attention_ref
 from kernels_pallas.sharded import Axes
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"ref": linear_attention_ref, "chunked": linear_attention_chunked}
-AUTO = {"cpu": ("chunked",), "default": ("chunked",)}  # in order of preference; chunked differs on a CPU
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "ref": linear_attention_ref,
+    "chunked": linear_attention_chunked,
+    "pallas_tpu": linear_attention_tpu,
+}
+AUTO = {
+    "tpu": ("pallas_tpu", "chunked"),
+    "cpu": ("chunked",),
+    "default": ("chunked",),
+}  # in order of preference; chunked differs on a CPU
 
 
 def linear_attention(
@@ -75,6 +84,7 @@ def linear_attention(
                 ("B.H.", "B.H.", "B.H.", None if log_decay is None else "B.H."[: log_decay.ndim], "BH.."),
                 ("B.H.", "BH.."),
             ),
+            dtypes=(jnp.float32, jnp.float32),
         )
     if normalize:
         total = y[..., -1:]
