@@ -3,21 +3,23 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
 
 from kernels_pallas import dispatch
 from kernels_pallas.linear_recurrence.chunked import linear_recurrence_chunked
 from kernels_pallas.linear_recurrence.loop import linear_recurrence_loop
+from kernels_pallas.linear_recurrence.pallas_tpu import linear_recurrence_tpu
 from kernels_pallas.linear_recurrence.ref import linear_recurrence_ref
+from kernels_pallas.sharded import Axes
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "ref": linear_recurrence_ref,
     "loop": linear_recurrence_loop,
     "chunked": linear_recurrence_chunked,
+    "pallas_tpu": linear_recurrence_tpu,
 }
-AUTO = ("loop", "chunked")  # in order of preference on a CPU; elsewhere the other way round
+AUTO = {"tpu": ("pallas_tpu", "chunked"), "cpu": ("loop", "chunked"), "default": ("chunked", "loop")}
 
 
 def linear_recurrence(
@@ -41,7 +43,7 @@ def linear_recurrence(
       state: h_0, what stands before the first token read; zeros if None.
       reset: True where a_t counts as 0, so that token t does not see the state.
       reverse: reads the tokens from the last to the first; state stands behind the last.
-      implementation: a key of IMPLEMENTATIONS; None takes the first in AUTO that does not refuse.
+      implementation: a key of IMPLEMENTATIONS; None takes the first of AUTO's, for the platform, that does not refuse.
 
     Returns:
       h in the dtype of b, and the state after the last token read (h_0 if T = 0) in float32 or complex64, in which
@@ -63,7 +65,13 @@ def linear_recurrence(
     state = jnp.zeros((batch, width), dtype) if state is None else state.astype(dtype)
     if b.size == 0:
         return b, state
-    auto = AUTO if jax.default_backend() == "cpu" else AUTO[::-1]
     return dispatch.call(
-        "linear_recurrence", IMPLEMENTATIONS, implementation, auto, a, b, state, reset=reset, reverse=reverse
+        "linear_recurrence",
+        IMPLEMENTATIONS,
+        implementation,
+        AUTO,
+        *(a, b, state, reset),
+        axes=Axes(("H" if a.ndim == 1 else "B.H", "B.H", "BH", "B."), ("B.H", "BH")),
+        dtypes=(b.dtype, dtype),
+        reverse=reverse,
     )

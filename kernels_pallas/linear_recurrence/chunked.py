@@ -13,8 +13,8 @@ def linear_recurrence_chunked(
     a: Inexact[Array, "B T D"] | Inexact[Array, " D"],
     b: Inexact[Array, "B T D"],
     state: Inexact[Array, "B D"],
-    *,
     reset: Bool[Array, "B T"] | None,
+    *,
     reverse: bool,
 ) -> tuple[Inexact[Array, "B T D"], Inexact[Array, "B D"]]:
     """api.linear_recurrence for inputs that all are real or all complex."""

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.dispatch import KERNELS
 from kernels_pallas.linear_recurrence import AUTO, IMPLEMENTATIONS, linear_recurrence
 from tests.numerics import rel_rms
 
-OTHERS = sorted(set(IMPLEMENTATIONS) - {"ref"})
+FORMS = sorted(set(IMPLEMENTATIONS) - set(KERNELS))  # kernels have their own tests
+OTHERS = sorted(set(FORMS) - {"ref"})
 KINDS = ["real", "complex", "constant", "constant complex"]
 FEWER = [  # the other two in the full suite
     pytest.param(kind, marks=[] if kind in ("real", "constant complex") else pytest.mark.exhaustive) for kind in KINDS
@@ -69,7 +71,7 @@ def by_loops(a, b, state=None, reset=None, reverse=False):
     return h, s
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_equals_the_definition(implementation, kind, reverse):
@@ -114,7 +116,7 @@ def test_bfloat16(implementation, kind):
     assert_near({n: np.asarray(x, np.float32) for n, x in got.items()}, want, 1e-2)
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", FORMS)
 @pytest.mark.parametrize("mixed", ["a", "b", "state"])
 def test_one_complex_input_makes_all_complex(implementation, mixed):
     """The gradient of a real input among complex ones stays real."""
@@ -130,7 +132,7 @@ def test_one_complex_input_makes_all_complex(implementation, mixed):
     assert_near(got, everything, 1e-5)
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", FORMS)
 def test_a_of_zero_forgets(implementation):
     """What follows is as exact as in a fresh sequence, and nothing flows back across."""
     arrays = make_inputs(1, 90, 4, strength=0.1)
@@ -146,7 +148,7 @@ def test_a_of_zero_forgets(implementation):
     assert not np.asarray(jax.grad(later)(arrays["b"])[:, :37]).any()
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", FORMS)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_two_halves_equal_the_whole(implementation, reverse):
     arrays = make_inputs(2, 100, 4, kind="complex")
@@ -161,7 +163,7 @@ def test_two_halves_equal_the_whole(implementation, reverse):
     assert_near({"h": joined, "state": state}, {"h": whole, "state": last}, 1e-5)
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", FORMS)
 def test_padding_rows_stay_zero(implementation):
     arrays = make_inputs(2, 20, 3, state=False)
     arrays["b"] = arrays["b"].at[0].set(0.0)
@@ -170,7 +172,7 @@ def test_padding_rows_stay_zero(implementation):
     assert all(np.isfinite(value).all() for value in got.values())
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", FORMS)
 def test_empty(implementation):
     arrays = make_inputs(2, 0, 3)
     h, state = linear_recurrence(**arrays, implementation=implementation)
@@ -191,7 +193,7 @@ def test_memory_is_linear(implementation):
 
 
 def test_automatic_choice_is_known():
-    assert set(AUTO) <= set(IMPLEMENTATIONS)
+    assert {name for names in AUTO.values() for name in names} <= set(IMPLEMENTATIONS)
 
 
 def test_shapes_that_do_not_fit():
