@@ -10,7 +10,7 @@ from tests.kernels_pallas.test_linear_attention import by_loops, make_inputs
 from tests.numerics import rel_rms
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-DECAYS = [None, "head"]
+DECAYS = [None, "head", "channel"]
 
 
 def check(arrays, *, mode=True, **options):
@@ -41,7 +41,7 @@ def test_matches_ref(dtype, decay):
     check(make_inputs(2, 101, 4, 5, 7, decay=decay, dtype=dtype, strength=strength), chunk=16, step=48, heads=2)
 
 
-@pytest.mark.parametrize("decay", ["head", "channel"][: len(DECAYS) - 1])
+@pytest.mark.parametrize("decay", DECAYS[1:])
 def test_strong_decay(decay):
     """exp of a sum over a chunk underflows, and one token forgets by -inf: nothing becomes nan, nothing is lost."""
     arrays = make_inputs(1, 70, 2, 5, 7, decay=decay, strength=30.0)
