@@ -126,7 +126,8 @@ def _window(window: Window | None, causal: bool) -> Window:
 
 def _axes(block_mask: np.ndarray | None, activation: str) -> Axes:
     """How the arrays are cut over a mesh; a block mask of its own for every head keeps the heads together."""
-    ins, lse = ("B.H.", "B.H.", "B.H.", "BH..", "B.", "B.", "B."), "B.H"
+    ins: tuple[str, ...] = ("B.H.", "B.H.", "B.H.", "BH..", "B.", "B.", "B.")
+    lse = "B.H"
     if block_mask is not None and len(block_mask) > 1:
         ins, lse = tuple(letters.replace("H", ".") for letters in ins), "B.."
     return Axes(ins, (ins[0], lse if activation == "softmax" else None))

@@ -6,6 +6,7 @@ Where each query sees few keys (a window, a block mask) `gathered` takes over.
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def attention_chunked(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"] | None]:
     """y, lse of api.attention. The backward pass keeps the arguments, y and lse: memory linear in T and S."""
     given = (q, k, v, bias, keep, q_segments, k_segments)
-    shared = {"scale": scale, "activation": activation, "looped": dispatch.platform() == "cpu"}
+    shared: dict[str, Any] = {"scale": scale, "activation": activation, "looped": dispatch.platform() == "cpu"}
     band, near = None, None
     if bias is None and block_mask is None:
         band = _band(k.shape[1], window)
@@ -115,7 +116,7 @@ def _by_pairs(q, k, v, bias, keep, q_segments, k_segments, *, window, block_mask
     fill_q, fill_k = -queries % rows, -keys % columns
     if fill_k and keep is None:
         keep = jnp.ones((batch, keys), bool)
-    args = {"q": _fill(q, 1, fill_q), "k": _fill(k, 1, fill_k), "v": _fill(v, 1, fill_k)}
+    args = {"q": q, "k": k, "v": v}
     if keep is not None:
         args["closed"] = jnp.where(_fill(keep, 1, fill_k), 0.0, NEVER)  # [B S], added to the scores
     if q_segments is not None and k_segments is not None:
@@ -123,15 +124,14 @@ def _by_pairs(q, k, v, bias, keep, q_segments, k_segments, *, window, block_mask
     if bias is not None:
         bias = _fill(_fill(bias, 2, fill_q), 3, fill_k)
         args["bias"] = bias.reshape(bias.shape[0], *_split_heads(bias.shape[1], plan), *bias.shape[2:])  # [B G R T S]
-    y, lse = _attend(plan, args)
-    return y[:, :queries], lse[:, :queries]
+    return _attend(plan, args)
 
 
-def _fill(x, axis, count):
-    """Zeros behind the last element; an axis of length 1 that broadcasts stays as it is."""
+def _fill(x, axis, count, value=0):
+    """Zeros (or another value) behind the last element; an axis of length 1 that broadcasts stays as it is."""
     if count == 0 or (x.shape[axis] == 1 and axis > 1):
         return x
-    return jnp.pad(x, [(0, count if n == axis else 0) for n in range(x.ndim)])
+    return jnp.pad(x, [(0, count if n == axis else 0) for n in range(x.ndim)], constant_values=value)
 
 
 def _split_heads(heads, plan):
@@ -169,10 +169,10 @@ def _put(x, tile, index, axis):
     return jax.lax.dynamic_update_slice_in_dim(x, tile.astype(x.dtype), index * tile.shape[axis], axis % x.ndim)
 
 
-def _put_heads(x, tile, b, g):
-    """The inverse of _unit's: writes [units rows width] into [B T H width]."""
+def _put_heads(x, tile, size, b, g):
+    """The inverse of _unit's: writes [units rows width] into [B T H width], without what it was filled up with."""
     length = x.shape[1]
-    tile = tile.reshape(tile.shape[0], -1, length, *tile.shape[3:]).swapaxes(1, 2)
+    tile = tile.reshape(tile.shape[0], -1, length + -length % size, *tile.shape[3:]).swapaxes(1, 2)[:, :length]
     return (
         _put(x, tile, 0, 1)
         if tile.shape == x.shape
@@ -209,11 +209,14 @@ def _unit(plan: Plan, args, b, g):
     """The arguments of one block of units, laid out for the tiles."""
     nb, ng = plan.units
 
-    def heads(x):  # [B T H K] -> [nb ng R*T K]: the query heads of one key head one after the other
+    def heads(x, size, value=0.0):  # [B T H K] -> [nb ng R*T K]: the query heads of one key head one after the other
         x = _take(_take(x, b, nb, 0), g, ng * x.shape[2] // args["k"].shape[2], 2)
-        return x.swapaxes(1, 2).reshape(nb, ng, -1, *x.shape[3:])
+        return _fill(x, 1, -x.shape[1] % size, value).swapaxes(1, 2).reshape(nb, ng, -1, *x.shape[3:])
 
-    unit = {name: heads(x) for name, x in args.items() if name in ("q", "k", "v", "dy", "divisor", "delta")}
+    unit = {name: heads(args[name], plan.rows) for name in ("q", "dy", "delta") if name in args}
+    unit |= {name: heads(args[name], plan.columns) for name in ("k", "v")}
+    if "divisor" in args:
+        unit["divisor"] = heads(args["divisor"], plan.rows, jnp.inf)  # no gradient from the rows it is filled up with
     for name in ("closed", "q_segments", "k_segments"):
         if name in args:
             unit[name] = _take(args[name], b, nb, 0)[:, None]  # [nb 1 S]
@@ -320,7 +323,7 @@ def _attend(plan: Plan, args):
         if softmax:
             y /= nonzero[..., None]
         lse = jnp.where(total == 0, NEVER, m + jnp.log(nonzero))
-        return _put_heads(carry[0], y, b, g), _put_heads(carry[1], lse, b, g)
+        return _put_heads(carry[0], y, plan.rows, b, g), _put_heads(carry[1], lse, plan.rows, b, g)
 
     batch, length, heads, _ = args["q"].shape
     start = jnp.zeros((batch, length, heads, v.shape[-1]), v.dtype), jnp.zeros((batch, length, heads))
@@ -382,7 +385,8 @@ def _backward(plan: Plan, saved, cotangents):
         grads["q"] *= plan.scale
         if args["q"].dtype != jnp.float32:  # else the scale came with q
             grads["k"] *= plan.scale
-        total = total | {name: _put_heads(total[name], grads[name], b, g) for name in ("q", "k", "v")}
+        sizes = {"q": plan.rows, "k": plan.columns, "v": plan.columns}
+        total = total | {name: _put_heads(total[name], grads[name], size, b, g) for name, size in sizes.items()}
         if "bias" in names:
             part, full = grads["bias"].shape, total["bias"].shape
             starts = (b * part[0] if full[0] > 1 else 0, g * part[1] if full[1] > 1 else 0, 0, 0, 0)

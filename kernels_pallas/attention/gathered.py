@@ -25,6 +25,7 @@ class Plan:
     rows: int  # queries a block
     columns: int  # keys a block
     slots: int  # key blocks a query block sees
+    span: tuple[int, int]  # the keys [start, stop) that the key blocks cover; beyond those there are, closed ones
     band: tuple[int, int] | None  # (left, right): slot n of query block i is key block i + n
     table: tuple[tuple[int, ...], bytes] | None  # or else int32 [J M slots], J = 1 or G: the key block of each slot
     scale: float
@@ -52,18 +53,29 @@ def attention_band(
     slots = before + 1 + after
     units, step = tiles.choose_steps(batch, groups, -(-queries // rows), heads // groups * rows * slots * rows, looped)
     blocks = -(-queries // (rows * step)) * step
-    plan = Plan(
-        *(heads // groups, units, blocks, step, rows, rows, slots, window, None, float(scale), activation),
-    )
     start = keys - queries - before * rows  # the first key of query block 0's first slot, maybe before the first
     stop = start + (blocks + slots - 1) * rows
+    plan = Plan(
+        *(
+            heads // groups,
+            units,
+            blocks,
+            step,
+            rows,
+            rows,
+            slots,
+            (start, stop),
+            window,
+            None,
+            float(scale),
+            activation,
+        ),
+    )
     visible = jnp.ones((1, keys), bool) if keep is None else keep
-    args = {"q": _cut(q, 0, blocks * rows), "closed": jnp.where(_cut(visible, start, stop), 0.0, NEVER)}
-    args |= {"k": _cut(k, start, stop), "v": _cut(v, start, stop)}
+    args = {"q": q, "k": k, "v": v, "closed": jnp.where(_cut(visible, start, stop), 0.0, NEVER)}
     if q_segments is not None and k_segments is not None:
         args |= {"q_segments": _cut(q_segments, 0, blocks * rows), "k_segments": _cut(k_segments, start, stop)}
-    y, lse = _attend(plan, args)
-    return y[:, :queries], lse[:, :queries]
+    return _attend(plan, args)
 
 
 def attention_table(
@@ -89,18 +101,16 @@ def attention_table(
     units, step = tiles.choose_steps(batch, groups, deep, heads // groups * rows * slots * columns, looped)
     blocks = -(-deep // step) * step
     table = np.pad(table, [(0, 0), (0, blocks - deep), (0, 0)], constant_values=wide)
+    full = keys + columns  # one key block more, closed: where slots without a block point
     plan = Plan(
-        *(heads // groups, units, blocks, step, rows, columns, slots, None, (table.shape, table.tobytes())),
+        *(heads // groups, units, blocks, step, rows, columns, slots, (0, full), None, (table.shape, table.tobytes())),
         *(float(scale), activation),
     )
-    full = keys + columns  # one key block more, closed: where slots without a block point
     visible = jnp.ones((1, keys), bool) if keep is None else keep
-    args = {"q": _cut(q, 0, blocks * rows), "closed": jnp.where(_cut(visible, 0, full), 0.0, NEVER)}
-    args |= {"k": _cut(k, 0, full), "v": _cut(v, 0, full)}
+    args = {"q": q, "k": k, "v": v, "closed": jnp.where(_cut(visible, 0, full), 0.0, NEVER)}
     if q_segments is not None and k_segments is not None:
         args |= {"q_segments": _cut(q_segments, 0, blocks * rows), "k_segments": _cut(k_segments, 0, full)}
-    y, lse = _attend(plan, args)
-    return y[:, :queries], lse[:, :queries]
+    return _attend(plan, args)
 
 
 def _slots(block_mask: Bool[np.ndarray, "J M N"]) -> Int[np.ndarray, "J M L"]:
@@ -111,11 +121,12 @@ def _slots(block_mask: Bool[np.ndarray, "J M N"]) -> Int[np.ndarray, "J M L"]:
     return order.astype(np.int32)
 
 
-def _cut(x, start, stop):
-    """x[:, start:stop] with zeros (False) where that reaches beyond x."""
+def _cut(x, start, stop, value=0):
+    """x[:, start:stop] with zeros (False, or another value) where that reaches beyond x."""
     inside = x[:, max(start, 0) : max(stop, 0)]
     front = min(max(-start, 0), stop - start)
-    return jnp.pad(inside, [(0, 0), (front, stop - start - front - inside.shape[1])] + [(0, 0)] * (x.ndim - 2))
+    fill = [(0, 0), (front, stop - start - front - inside.shape[1])] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(inside, fill, constant_values=value)
 
 
 def _unit(plan: Plan, args, b, g):
@@ -125,17 +136,19 @@ def _unit(plan: Plan, args, b, g):
     def take(x, index, size, axis):
         return x if x.shape[axis] == 1 else jax.lax.dynamic_slice_in_dim(x, index * size, size, axis)
 
-    def queries(x):  # [B M*rows H *]
-        x = take(take(x, b, nb, 0), g, ng * plan.repeats, 2)
+    def queries(x, value=0.0):  # [B T H *]
+        x = _cut(take(take(x, b, nb, 0), g, ng * plan.repeats, 2), 0, plan.blocks * plan.rows, value)
         x = x.reshape(nb, plan.blocks, plan.rows, ng, plan.repeats, *x.shape[3:])
         x = jnp.moveaxis(x, (3, 1, 4, 2), (1, 2, 3, 4))
         return x.reshape(nb, ng, plan.blocks, plan.repeats * plan.rows, *x.shape[5:])
 
-    def keys(x):  # [B N*columns G *]
-        x = take(take(x, b, nb, 0), g, ng, 2)
+    def keys(x):  # [B S G *]
+        x = _cut(take(take(x, b, nb, 0), g, ng, 2), *plan.span)
         return jnp.moveaxis(x.reshape(nb, -1, plan.columns, ng, *x.shape[3:]), 3, 1)
 
-    unit = {name: queries(args[name]) for name in ("q", "dy", "divisor", "delta") if name in args}
+    unit = {name: queries(args[name]) for name in ("q", "dy", "delta") if name in args}
+    if "divisor" in args:
+        unit["divisor"] = queries(args["divisor"], jnp.inf)  # no gradient from the rows it is filled up with
     unit |= {name: keys(args[name]) for name in ("k", "v")}
     closed = take(args["closed"], b, nb, 0)
     unit["closed"] = closed.reshape(closed.shape[0], 1, -1, plan.columns)
@@ -221,16 +234,18 @@ def _put(x, tile, n):
 
 
 def _put_queries(plan: Plan, x, tile, b, g):
-    """The inverse of _unit's queries: writes [nb ng M R*rows *] into [B M*rows H *]."""
+    """The inverse of _unit's queries: writes [nb ng M R*rows *] into [B T H *]."""
     nb, ng = plan.units
     tile = tile.reshape(nb, ng, plan.blocks, plan.repeats, plan.rows, *tile.shape[4:])
-    tile = jnp.moveaxis(tile, (2, 4, 1, 3), (1, 2, 3, 4)).reshape(nb, x.shape[1], ng * plan.repeats, *tile.shape[5:])
-    return _put_unit(x, tile, b, g)
+    tile = jnp.moveaxis(tile, (2, 4, 1, 3), (1, 2, 3, 4)).reshape(nb, -1, ng * plan.repeats, *tile.shape[5:])
+    return _put_unit(x, tile[:, : x.shape[1]], b, g)
 
 
 def _put_keys(plan: Plan, x, tile, b, g):
     nb, ng = plan.units
-    return _put_unit(x, jnp.moveaxis(tile, 1, 3).reshape(nb, x.shape[1], ng, *tile.shape[4:]), b, g)
+    tile = jnp.moveaxis(tile, 1, 3).reshape(nb, -1, ng, *tile.shape[4:])
+    start = plan.span[0]
+    return _put_unit(x, _cut(tile, -start, x.shape[1] - start), b, g)
 
 
 def _put_unit(x, tile, b, g):

@@ -4,8 +4,8 @@
 """
 
 ROWS = COLUMNS = 1024  # where every key is visible
-SKIPPED = 384  # where tiles can be left out: taking turns, 256 was slower at 1K to 4K, 512 at 1K and 2K
-ELEMENTS = 1 << 20  # scores a step
+SKIPPED = 512  # where tiles can be left out: forward, 384 took 1.2 times as long at 2K and 4K; backward they are equal
+ELEMENTS = 1 << 20  # scores a step; where tiles can be left out, those of a single tile: more were no faster
 LINE = 64  # columns a tile is made up to: 1001 by 1024 scores took 0.92 of the processor time of 1001 by 1001
 BAND = (64, 256)  # queries a block of a band: window / 4 within these; for 128 at 8K, 128 was 1.4 times slower than 64
 GATHERED = (16, 1024)  # the block sizes of a mask whose key blocks are gathered: smaller ones are slow products
@@ -15,12 +15,12 @@ def choose(batch, groups, queries, keys, skips, looped):
     """((batch rows, key heads) a step, queries a tile, keys a tile); skips: some tiles can be left out."""
     rows, columns = (SKIPPED, SKIPPED) if skips else (ROWS, COLUMNS)
     rows, columns = _even(queries, rows), _whole(_even(keys, columns))
-    return _units(batch, groups, rows * columns, looped), rows, columns
+    return _units(batch, groups, rows * columns, skips, looped), rows, columns
 
 
 def choose_steps(batch, groups, blocks, elements, looped):
     """((batch rows, key heads), query blocks) a step; elements: the scores of one block and key head."""
-    units = _units(batch, groups, blocks * elements, looped)
+    units = _units(batch, groups, blocks * elements, False, looped)
     most = max(1, ELEMENTS // elements) if units == (1, 1) or looped else blocks
     steps = -(-blocks // most)
     return units, -(-blocks // steps)
@@ -31,10 +31,10 @@ def band_rows(window):
     return min(max(-(-window // 64) * 16, BAND[0]), BAND[1])
 
 
-def _units(batch, groups, elements, looped):
+def _units(batch, groups, elements, skips, looped):
     if not looped:
         return batch, groups
-    most = max(1, ELEMENTS // elements)
+    most = max(1, (min(ELEMENTS, SKIPPED**2) if skips else ELEMENTS) // elements)
     heads = _divisor(groups, most)
     return (_divisor(batch, most // groups) if heads == groups else 1, heads)
 

@@ -1,4 +1,7 @@
-"""Attention against torch.nn.functional.scaled_dot_product_attention: K = V = 64, float32, forward and backward."""
+"""Attention against torch.nn.functional.scaled_dot_product_attention: K = V = 64, float32.
+
+Forward and backward, or the forward pass alone where the name says so.
+"""
 
 import functools
 
@@ -12,20 +15,24 @@ def inputs(batch, length, heads):
     return [rng.normal(size=(batch, length, heads, 64)).astype(np.float32) for _ in range(4)]  # q, k, v, dy
 
 
-def ours(batch, length, heads, **options):
+def ours(batch, length, heads, *, forward_only=False, **options):
     import jax.numpy as jnp
 
     from kernels_pallas.attention import attention
 
     q, k, v, dy = map(jnp.asarray, inputs(batch, length, heads))
-    return jax_step(gradients(functools.partial(attention, **options), dy), q, k, v)
+    run = functools.partial(attention, **options)
+    return jax_step(run if forward_only else gradients(run, dy), q, k, v)
 
 
-def sdpa(batch, length, heads, causal):
+def sdpa(batch, length, heads, causal, forward_only=False):
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     q, k, v, dy = (torch.from_numpy(a).transpose(1, 2).contiguous() for a in inputs(batch, length, heads))
+    if forward_only:
+        with_no_gradient = torch.no_grad()(scaled_dot_product_attention)
+        return lambda: [with_no_gradient(q, k, v, is_causal=causal).transpose(1, 2)], {}
     leaves = [a.requires_grad_() for a in (q, k, v)]
 
     def step():
@@ -35,14 +42,27 @@ def sdpa(batch, length, heads, causal):
     return step, {}
 
 
-def against_torch(name, batch, length, heads, causal, goal=">= 1.2"):
+def against_torch(name, batch, length, heads, causal, goal=">= 1.2", forward_only=False):
     return Case(
         name,
         {
-            "archloom": Side(functools.partial(ours, batch, length, heads, causal=causal)),
-            "sdpa": Side(functools.partial(sdpa, batch, length, heads, causal), "torch"),
+            "archloom": Side(functools.partial(ours, batch, length, heads, causal=causal, forward_only=forward_only)),
+            "sdpa": Side(functools.partial(sdpa, batch, length, heads, causal, forward_only), "torch"),
         },
         goal=goal,
+    )
+
+
+def against_full(length, window, goal, **options):
+    sides = {"window": {"window": (window - 1, 0)}, "full": {}}
+    return Case(
+        f"B1 T{length} H8 causal, window {window}" + " forward" * bool(options),
+        {
+            name: Side(functools.partial(ours, 1, length, 8, causal=True, **each, **options))
+            for name, each in sides.items()
+        },
+        goal=goal,
+        tolerance=None,
     )
 
 
@@ -51,13 +71,11 @@ CASES = [
     against_torch("B1 T1024 H8 causal", 1, 1024, 8, True),
     against_torch("B1 T2048 H8 causal", 1, 2048, 8, True),
     against_torch("B1 T4096 H8 causal", 1, 4096, 8, True),
-    Case(
-        "B1 T8192 H8 causal, window 128",
-        {
-            "window": Side(functools.partial(ours, 1, 8192, 8, causal=True, window=(127, 0))),
-            "full": Side(functools.partial(ours, 1, 8192, 8, causal=True)),
-        },
-        goal=">= 8",
-        tolerance=None,
+    *(
+        against_torch(f"B1 T{length} H8 causal forward", 1, length, 8, True, forward_only=True)
+        for length in (1024, 2048, 4096)
     ),
+    against_full(8192, 128, ">= 8"),
+    against_full(4096, 256, ">= 6"),
+    against_full(4096, 256, ">= 6", forward_only=True),
 ]

@@ -1,4 +1,4 @@
-"""The delta rule, chunkwise against token by token: K = V = 64, float32, forward and backward."""
+"""The delta rule, chunkwise against token by token: float32, forward and backward."""
 
 import functools
 
@@ -18,22 +18,25 @@ def inputs(length, decay, batch=1, heads=4, width=64):
     return [x.astype(np.float32) for x in (q, k, v, *gates)], dy.astype(np.float32)
 
 
-def side(implementation, length, decay):
+def side(implementation, *sizes):
     import jax.numpy as jnp
 
     from kernels_pallas.delta_rule import delta_rule
 
-    arguments, dy = inputs(length, decay)
+    arguments, dy = inputs(*sizes)
     run = gradients(functools.partial(delta_rule, implementation=implementation), jnp.asarray(dy))
     return jax_step(run, *map(jnp.asarray, arguments))
 
 
-def chunked_against_ref(name, length, decay, goal):
+def chunked_against_ref(length, decay, width, goal):
+    name = f"B1 T{length} H4 K{width}" + " decay" * decay
     names = ("chunked", "ref")
-    return Case(name, {each: Side(functools.partial(side, each, length, decay)) for each in names}, goal=goal)
+    return Case(
+        name, {each: Side(functools.partial(side, each, length, decay, 1, 4, width)) for each in names}, goal=goal
+    )
 
 
 CASES = [
-    chunked_against_ref("B1 T4096 H4", 4096, False, ">= 8"),
-    chunked_against_ref("B1 T4096 H4 decay", 4096, True, ">= 8"),
+    *(chunked_against_ref(length, False, 128, ">= 10") for length in (512, 2048, 8192)),
+    *(chunked_against_ref(4096, decay, 64, ">= 8") for decay in (False, True)),
 ]

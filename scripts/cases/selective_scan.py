@@ -77,6 +77,60 @@ def transformers_loop(*sizes, forward_only=False):
     return forward if forward_only else both, {}
 
 
+def scan_of_tokens(*sizes, forward_only=False):
+    """lax.scan over T, the state of one token at a time; what jax keeps for the backward pass is all states."""
+    import jax
+    import jax.numpy as jnp
+
+    def run(u, delta, A, B, C, D):
+        def token(h, given):
+            u, delta, B, C = given
+            h = jnp.exp(delta[..., None] * A) * h + (delta * u)[..., None] * B[:, None]
+            return h, (h * C[:, None]).sum(-1)
+
+        start = jnp.zeros((u.shape[0], *A.shape))
+        y = jax.lax.scan(token, start, [x.swapaxes(0, 1) for x in (u, delta, B, C)])[1]
+        return y.swapaxes(0, 1) + D * u
+
+    return jax_side(run, sizes, forward_only)
+
+
+def torch_loop(*sizes, forward_only=False):
+    """One token after the other, as one writes it in eager PyTorch."""
+    import torch
+
+    arguments, dy = inputs(*sizes)
+    arguments, dy = [torch.from_numpy(x) for x in arguments], torch.from_numpy(dy)
+
+    def scan(u, delta, A, B, C, D):
+        h, y = torch.zeros(u.shape[0], *A.shape), []
+        for u_t, delta_t, B_t, C_t in zip(*(x.unbind(1) for x in (u, delta, B, C))):
+            h = torch.exp(delta_t[..., None] * A) * h + (delta_t * u_t)[..., None] * B_t[:, None]
+            y.append((h * C_t[:, None]).sum(-1))
+        return torch.stack(y, 1) + D * u
+
+    def forward():
+        with torch.no_grad():
+            return [scan(*arguments)]
+
+    def both():
+        leaves = [x.detach().requires_grad_() for x in arguments]
+        return list(torch.autograd.grad(scan(*leaves), leaves, dy))
+
+    return forward if forward_only else both, {}
+
+
+def against_loops(name, *sizes, goals=("", ""), **options):
+    """Two cases: against eager PyTorch and against lax.scan."""
+    mine = Side(functools.partial(ours, *sizes, **options))
+    torch_side = Side(functools.partial(torch_loop, *sizes, **options), "torch")
+    scan_side = Side(functools.partial(scan_of_tokens, *sizes, **options))
+    return [
+        Case(f"{name}, torch", {"archloom": mine, "torch_loop": torch_side}, goal=goals[0]),
+        Case(f"{name}, lax.scan", {"archloom": mine, "lax.scan": scan_side}, goal=goals[1]),
+    ]
+
+
 def against_associative_scan(name, *sizes):
     sides = {
         "archloom": Side(functools.partial(ours, *sizes)),
@@ -94,6 +148,8 @@ def against_transformers(name, *sizes, **options):
 
 
 CASES = [
+    *against_loops("B2 T1024 D256", 2, 1024, 256, goals=(">= 8", "")),
+    *against_loops("B2 T1024 D256 forward", 2, 1024, 256, goals=("", ">= 1"), forward_only=True),
     against_associative_scan("B1 T4096 D256", 1, 4096, 256),
     against_associative_scan("B1 T4096 D512", 1, 4096, 512),
     against_transformers("B1 T512 D256", 1, 512, 256),
