@@ -1,6 +1,6 @@
 """Mixing with the last few tokens: the short convolution and the token shift in front of many mixers."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +9,35 @@ from jaxtyping import Array, Bool, Float, Int
 
 from arch.layers import NEARLY_ZERO
 from arch.ops.segments import same_segment
+from kernels_pallas.causal_conv import causal_conv
 
 State = dict[str, Any]
 
 
 class ShortConv(nnx.Module):
-    """y_t = sum_{i < size} w_i * x_{t - i} (+ b): a causal convolution, every channel by itself. O(T D size).
+    """y_t = f(sum_{i < size} w_i * x_{t - i} (+ b)): a causal convolution, every channel by itself. O(T D size).
 
-    Padding and other segments read as zeros. The kernel [size D], newest token first, starts uniform in
-    +- 1 / sqrt(size), as the convolutions of Mamba (Gu and Dao 2023, arXiv:2312.00752) do.
+    f is the activation, SiLU or none. Padding and other segments read as zeros. The kernel [size D], newest token
+    first, starts uniform in +- 1 / sqrt(size), as the convolutions of Mamba (Gu and Dao 2023, arXiv:2312.00752) do.
     """
 
-    def __init__(self, width: int, *, size: int = 4, bias: bool = True, rngs: nnx.Rngs):
-        self.width, self.size = width, size
+    def __init__(
+        self,
+        width: int,
+        *,
+        size: int = 4,
+        bias: bool = True,
+        activation: Literal["silu"] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.width, self.size, self.activation = width, size, activation
         bound = size**-0.5
         self.kernel = nnx.Param(jax.random.uniform(rngs.params(), (size, width), minval=-bound, maxval=bound))
         self.bias = nnx.Param(NEARLY_ZERO(rngs.params(), (width,), jnp.float32)) if bias else None
+
+    def _convolve(self, x: Array, past: Array | None, **options: Any) -> tuple[Array, Array]:
+        bias = None if self.bias is None else self.bias[...]
+        return causal_conv(x, self.kernel[...], bias, past, activation=self.activation, **options)
 
     def __call__(
         self,
@@ -32,32 +45,14 @@ class ShortConv(nnx.Module):
         keep: Bool[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        length = x.shape[1]
-        if keep is not None:
-            x = jnp.where(keep[..., None], x, 0)
-        w = self.kernel[...].astype(jnp.float32)
-        past = jnp.pad(x, [(0, 0), (self.size - 1, 0), (0, 0)])
-        total = x.astype(jnp.float32) * w[0]
-        for i in range(1, self.size):
-            earlier = past[:, self.size - 1 - i : self.size - 1 - i + length]
-            if segment_ids is not None:
-                earlier = jnp.where(same_segment(segment_ids, i)[..., None], earlier, 0)
-            total += earlier.astype(jnp.float32) * w[i]
-        return self._finish(total, x.dtype)
-
-    def _finish(self, total: Array, dtype: Any) -> Array:
-        if self.bias is not None:
-            total = total + self.bias[...].astype(jnp.float32)
-        return total.astype(dtype)
+        return self._convolve(x, None, keep=keep, segment_ids=segment_ids)[0]
 
     def init_state(self, batch: int) -> State:
         return {"past": jnp.zeros((batch, self.size - 1, self.width), self.kernel.dtype)}  # oldest token first
 
     def step(self, x: Float[Array, "B D"], state: State) -> tuple[Float[Array, "B D"], State]:
-        window = jnp.concatenate([state["past"], x[:, None].astype(state["past"].dtype)], axis=1)
-        w = self.kernel[...].astype(jnp.float32)[::-1]
-        total = jnp.sum(window.astype(jnp.float32) * w, axis=1)
-        return self._finish(total, x.dtype), {"past": window[:, 1:]}
+        y, past = self._convolve(x[:, None], state["past"], implementation="chunked")  # one token needs no kernel
+        return y[:, 0], {"past": past}
 
 
 class TokenShift(nnx.Module):

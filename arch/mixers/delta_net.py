@@ -1,5 +1,6 @@
 """DeltaNet token mixer. Source: Yang, Wang, Zhang, Shen and Kim 2024, arXiv:2406.06484."""
 
+import functools
 from typing import Literal
 
 import jax
@@ -77,8 +78,9 @@ class DeltaNet(nnx.Module):
         keys, values = num_heads * self.key_dim, num_heads * self.value_dim
         self.qkv = dense(width, 2 * keys + values, bias=False, rngs=rngs)
         self.beta = dense(width, num_heads, bias=False, rngs=rngs)
-        size = short_conv
-        self.conv = None if size is None else ShortConv(2 * keys + values, size=size, bias=False, rngs=rngs)
+        fused: Literal["silu"] | None = "silu" if feature_map == "silu" else None  # for q, k and v, by the convolution
+        make = functools.partial(ShortConv, 2 * keys + values, bias=False, activation=fused, rngs=rngs)
+        self.conv = None if short_conv is None else make(size=short_conv)
         self.decay = DecayGate(width, num_heads, rngs=rngs) if decay_gate else None
         self.norm = HeadNorm(num_heads, self.value_dim, rngs=rngs) if output_norm else None
         self.gate = dense(width, values, bias=False, rngs=rngs) if output_gate else None
@@ -87,7 +89,9 @@ class DeltaNet(nnx.Module):
     def _heads(self, qkv: Float[Array, "B T N"]) -> list[Array]:
         """q, k and v behind the convolution: activated, normalised, q scaled."""
         keys, wide = 2 * self.heads * self.key_dim, qkv.astype(jnp.float32)
-        qk, v = FEATURES[self.feature_map](wide[..., :keys]), nnx.silu(wide[..., keys:])
+        qk, v = wide[..., :keys], wide[..., keys:]
+        if self.conv is None or self.conv.activation is None:
+            qk, v = FEATURES[self.feature_map](qk), nnx.silu(v)
         q, k = (_normalise(x, self.qk_norm) for x in split_heads(qk, sizes=(self.heads,) * 2, head_dim=self.key_dim))
         v = v.reshape(*v.shape[:2], self.heads, self.value_dim)
         return [x.astype(qkv.dtype) for x in (q * self.key_dim**-0.5, k, v)]

@@ -68,7 +68,7 @@ class Mamba(nnx.Module):
         self.inner, self.state_size, self.rank = inner, state_size, rank
         self.implementation = known_implementation(implementation, IMPLEMENTATIONS)
         self.inputs = dense(width, 2 * inner, bias=False, rngs=rngs)
-        self.conv = ShortConv(inner, size=conv_size, rngs=rngs)
+        self.conv = ShortConv(inner, size=conv_size, activation="silu", rngs=rngs)
         self.select = dense(inner, rank + 2 * state_size, bias=False, rngs=rngs)
         bound = rank**-0.5
         self.steps = nnx.Param(jax.random.uniform(rngs.params(), (rank, inner), minval=-bound, maxval=bound))
@@ -81,7 +81,6 @@ class Mamba(nnx.Module):
         self, u: Array, z: Array, keep: Array | None, state: Array | None, reset: Array | None
     ) -> tuple[Array, Array]:
         """What follows the convolution: the output [B T D] and the last state."""
-        u = nnx.silu(u)
         r, B, C = jnp.split(self.select(u), [self.rank, self.rank + self.state_size], axis=-1)
         delta = jax.nn.softplus((r @ self.steps[...].astype(r.dtype)).astype(jnp.float32) + self.steps_bias[...])
         if keep is not None:

@@ -68,7 +68,7 @@ class Mamba2(nnx.Module):
         mixed = inner + 2 * groups * state_size
         self.sizes = (inner, inner + mixed)  # where z ends and r starts
         self.inputs = dense(width, inner + mixed + self.heads, bias=False, rngs=rngs)
-        self.conv = ShortConv(mixed, size=conv_size, rngs=rngs)
+        self.conv = ShortConv(mixed, size=conv_size, activation="silu", rngs=rngs)
         self.steps_bias = nnx.Param(initial_steps(self.heads, step_min, step_max, rngs.params()))
         self.A_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (self.heads,), minval=1, maxval=16)))
         self.D = nnx.Param(jnp.ones((self.heads,)))
@@ -79,7 +79,7 @@ class Mamba2(nnx.Module):
         """C and B [B T H N], u [B T H V] after the convolution; the steps and the log of the decay [B T H], float32."""
         batch, length, _ = mixed.shape
         inner, pair = self.heads * self.head_dim, self.groups * self.state_size
-        u, B, C = jnp.split(nnx.silu(mixed), [inner, inner + pair], axis=-1)
+        u, B, C = jnp.split(mixed, [inner, inner + pair], axis=-1)
         u = u.reshape(batch, length, self.heads, self.head_dim)
         B, C = (a.reshape(batch, length, self.groups, self.state_size) for a in (B, C))
         B, C = (jnp.repeat(a, self.heads // self.groups, axis=2) for a in (B, C))
