@@ -23,6 +23,10 @@ class Case:
       options: keyword of function -> the values that scripts/tune_kernel.py tries.
       backward: False where the op has no gradient (decoding).
       record: False leaves the case out of the committed table of schedules: compiled by the tests alone.
+      shares: of the grid's steps that run each big predicated region (a pl.when around a tile) of a kernel, by kernel
+        name, the largest region first; or a function of the options that returns them. A region not named counts as
+        run in every step. scripts/tpu_schedule.py prints the regions there are.
+      turns: of the loops inside a kernel whose trip count is not a constant, by kernel name, in the program's order.
     """
 
     name: str
@@ -34,3 +38,5 @@ class Case:
     options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     backward: bool = True
     record: bool = True
+    shares: Mapping[str, Sequence[float]] | Callable[..., Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    turns: Mapping[str, Sequence[float]] = field(default_factory=dict)
