@@ -5,7 +5,7 @@
 
 Batches are random; a text file that the task wants is made of random bytes, so nothing has to be there. --peak is what
 the device can do in FLOP/s, the data sheet's by default (experiments/utilisation.py). --chip compiles the step for a
-TPU topology with the compiler in the package libtpu (the extra `tpu-compiler`) and says what a device would need.
+TPU topology with the compiler in the package libtpu (the extra `aot`) and says what a device would need.
 Appends to results/step.jsonl.
 """
 
