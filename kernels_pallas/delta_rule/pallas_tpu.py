@@ -39,25 +39,11 @@ def delta_rule_tpu(
     mosaic_tpu.refuse_float16("delta_rule", q, k, v)
     dtype = jnp.result_type(q, k, v)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
-    heads, length = q.shape[2], q.shape[1]
-    key_width, value_width = (tiles.width(x.shape[-1], heads) for x in (k, v))
+    length, heads, width = q.shape[1:]
     if length == 0:
         return v, state
-    chunk = min(chunk or tiles.CHUNK, max(tiles.LEAST, 1 << (length - 1).bit_length()))
-    units = units or tiles.UNITS
-    together = tiles.heads_together(heads, key_width, value_width, units)
-    chunks = -(-length // chunk)
-    plan = Plan(
-        chunk=chunk,
-        heads=together,
-        per_step=max(1, min(units // together, chunks)),
-        key_width=key_width,
-        value_width=value_width,
-        gated=log_decay is not None,
-        decay_parts=3 if dtype == jnp.float32 else 2,
-        interpret=mosaic_tpu.interpreted() if interpret is None else interpret,
-        vmem=None,
-    )
+    mode = mosaic_tpu.interpreted() if interpret is None else interpret
+    plan = tiles.plan(length, heads, width, v.shape[-1], dtype, log_decay is not None, mode, chunk, units)
     return _padded(plan, q, k, v, beta, log_decay, state)
 
 

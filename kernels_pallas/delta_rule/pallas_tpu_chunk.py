@@ -160,7 +160,7 @@ def _merge(many, found, rows, dtype):
         stacked([jnp.where(_within(column, start, rows), part, 0.0) for start, part in zip(starts, second(a))])
         for a in many
     ]
-    inner = [dot("nn", a, x, dtype) for a, x in zip(lower, found)]
+    inner = [_dot_in_two(a, x, dtype) for a, x in zip(lower, found)]
     blank = jnp.zeros((rows, size), jnp.float32)
     inner = [stacked([part for n in range(0, size // 2, rows) for part in (blank, x[n : n + rows])]) for x in inner]
     corner = [dot("nn", stacked(second(x)), y, dtype) for x, y in zip(found, inner)]
@@ -172,6 +172,19 @@ def _merge(many, found, rows, dtype):
             parts.append(x[start + rows : start + 2 * rows] - y[n * rows : (n + 1) * rows])
         merged.append(stacked(parts))
     return merged
+
+
+def _dot_in_two(a, b, dtype):
+    """a b, with a in two bfloat16 parts where dtype is bfloat16.
+
+    Rounding a would solve another system, and keys that resemble each other multiply the difference; roundings of the
+    blocks found so far are no worse than that of the result.
+    """
+    if dtype == jnp.float32:
+        return dot("nn", a, b, dtype)
+    high = a.astype(dtype)
+    both = dot("nn", jnp.concatenate([high, (a - high.astype(jnp.float32)).astype(dtype)], 0), b, dtype)
+    return both[: a.shape[0]] + both[a.shape[0] :]
 
 
 class Part(NamedTuple):
