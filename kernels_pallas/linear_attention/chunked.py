@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kernels_pallas import dispatch
+from kernels_pallas import blocks, dispatch
 
-CHUNK = 64  # tokens, a power of two
-BLOCK = 512  # tokens a step of the scan: as many chunks as stay in a core's cache
-VECTOR_BLOCK = 256  # with a decay a key channel, which needs more room a token
+# By platform; None: any that is not a CPU. Those are by reasoning and not measured: products of 128 fill a GPU's matrix
+# units, and 8K tokens are some 2000 of them a step at 16 heads, where a loop's step costs several launches.
+CHUNK = {"cpu": 64, None: 128}  # tokens, a power of two
+BLOCK = {"cpu": 512, None: 8192}  # tokens a step, over all rows: on a CPU as many chunks as stay in a core's cache
+VECTOR_BLOCK = {"cpu": 256, None: 4096}  # with a decay a key channel, which needs more room a token
 PAIRWISE = 8  # with a decay a key channel: so many tokens are paired one by one, more by halves
 FORGET = -1e4  # exp of this is 0 in float32, and sums of it stay finite where -inf would give nan
 
@@ -23,49 +25,60 @@ def linear_attention_chunked(
     log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | None,
     state: Float[Array, "B H K V"],
     *,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     block: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """y (float32) and the last state of api.linear_attention, before any normalisation.
 
-    Rows and tokens are cut into blocks of about `block` tokens in all, whatever B and T are, so that a step of the
-    loops costs the same for many short rows and for few long ones; the chunks of a block are worked on at once.
     Memory saved for the backward pass: the inputs and one state a block; the rest is recomputed.
     """
     batch, length, _, _ = q.shape
     vector = log_decay is not None and log_decay.ndim == 4
-    block = block or (VECTOR_BLOCK if vector else BLOCK)
-    chunk = min(chunk, 1 << (length - 1).bit_length())
-    blocks = -(-length // max(block, chunk))
-    size = -(-length // (blocks * chunk)) * chunk
-    looped = dispatch.platform() == "cpu"  # elsewhere all rows at once
-    rows = _divisor(batch, max(1, block // size)) if looped else batch
-
-    def cut(x):  # [B T *] -> [B/rows blocks rows size *], filled up with zeros: k = 0 and no decay change nothing
-        x = jnp.pad(x, [(0, 0), (0, blocks * size - length)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch // rows, rows, blocks, size, *x.shape[2:]), 2, 1)
-
-    if log_decay is not None:
-        log_decay = jnp.maximum(log_decay, FORGET)
-    inputs = jax.tree.map(cut, (q, k, v, log_decay))
-    body = jax.checkpoint(functools.partial(_block, chunk=chunk))
-    one = lambda group: jax.lax.scan(body, *group)  # noqa: E731
-    groups = state.reshape(batch // rows, rows, *state.shape[1:]), inputs
-    if rows == batch:
-        last, y = jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], groups)))
-    else:
-        last, y = jax.lax.map(one, groups)
-    y = jnp.moveaxis(y, 1, 2).reshape(batch, blocks * size, *y.shape[4:])
-    return y[:, :length], last.reshape(state.shape)
+    platform = "cpu" if dispatch.platform() == "cpu" else None
+    chunk = min(chunk or CHUNK[platform], 1 << (length - 1).bit_length())
+    tokens = block or (VECTOR_BLOCK if vector else BLOCK)[platform]
+    cut = blocks.cut(batch, length, tokens, chunk, platform == "cpu")
+    return _attend(cut, chunk, (q, k, v, log_decay), state)
 
 
-def _divisor(batch, most):
-    return max(n for n in range(1, min(batch, most) + 1) if batch % n == 0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attend(cut, chunk, inputs, state):
+    body = lambda state, x, _: (*_block(state, x, chunk=chunk), None)  # noqa: E731
+    state, y, _ = blocks.over(cut, body, state, inputs)
+    return y, state
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(cut, chunk, inputs, state):
+    def body(state, x, _):
+        last, y = _block(state, x, chunk=chunk)
+        return last, y, state
+
+    state, y, states = blocks.over(cut, body, state, inputs)
+    return (y, state), (inputs, states)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _backward(cut, chunk, saved, cotangents):
+    inputs, states = saved
+    dy, dlast = cotangents
+
+    def body(dstate, x, state):
+        inputs, dy = x
+        return (*jax.vjp(functools.partial(_block, chunk=chunk), state, inputs)[1]((dstate, dy)), None)
+
+    dstate, dinputs, _ = blocks.over(cut, body, dlast, (inputs, dy), states, reverse=True)
+    return dinputs, dstate
+
+
+_attend.defvjp(_forward, _backward)
 
 
 def _block(state, inputs, *, chunk):
     """The chunks of a block: pairs inside each, the state before each, and y = weights v + (q exp(since)) S."""
     q, k, v, g = jax.tree.map(lambda x: _chunks(x, chunk), inputs)  # [B N H C *], g None without decay
+    g = None if g is None else jnp.maximum(g, FORGET)
     kept = None
     if g is None:
         weights = jnp.tril(jnp.einsum("bnhtk,bnhsk->bnhts", q, k))
