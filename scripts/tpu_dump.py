@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 GRID_EXTRA = 2  # turns by which the loop over a grid exceeds it: the pipeline's first and last stage
-BIG = 0.1  # of the bundles of the loop over the grid: a predicated region of that size is listed
+BIG = 0.02  # of the bundles of the loop over the grid: a predicated region of that size is listed
 
 _BUNDLE = re.compile(r"^ *(?:0x)?(?P<address>[0-9a-f]+) +(?P<marks>[A-Z]{2}(?:,? [A-Z]{2})*)? *: (?P<depth>[> ]*)\{")
 _EXIT = re.compile(
@@ -91,9 +91,6 @@ def read(name: str, program: Path, use: Path, shares: Sequence[float] = (), turn
         big = big[1:]  # the first is the whole step, which the pipeline leaves out in its extra turns
     big = [r for r in big if not any(o != r and o.first <= r.first and r.last <= o.last for o in big)]
     big.sort(key=lambda r: r.first - r.last)
-    if len(shares) > len(big):
-        sizes = [r.last - r.first + 1 for r in big]
-        raise ValueError(f"{name}: {len(shares)} shares, but its big predicated regions are {sizes} of {step} bundles")
     weights = [1.0] * len(depths)
     for loop in loops:
         assert loop.turns is not None

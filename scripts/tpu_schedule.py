@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ CHIPS = {
     "v6e": (1.64e12, 1.75e9),
     "tpu7x": (3.7e12, 2.20e9),
 }
+COMPILING = "compiling "  # starts a line of a child's log, before what it compiles
 RERUN = re.compile(r"_forward|_fwd|fwd_")  # kernels of the forward pass, by name, ours and the peers'
 
 
@@ -63,14 +65,17 @@ def main() -> int:
     ops = options.ops or [op for op in tpu_compile.ops() if op != "peers"]
     jobs = [job(op, generation, options.case, passes, [chosen]) for op in ops for generation in options.generations]
     found = []
+    start = time.perf_counter()
     for result in run(jobs, options.jobs):
         print_result(result)
         found.append(result)
+    print(f"{len(found)} passes in {time.perf_counter() - start:.0f} s")
     failed = any("error" in result for result in found)
+    kept = [result for result in found if result.get("record", True)]
     if options.record and not failed:
-        record(found)
+        record(kept)
     if options.check:
-        slower = compare(found, json.loads(TABLE.read_text()))
+        slower = compare(kept, json.loads(TABLE.read_text()))
         print("\n".join(slower) or f"none of {len(found)} passes grew by more than {GROWTH:.0%}")
         failed |= bool(slower)
     return int(failed)
@@ -80,37 +85,37 @@ def job(op: str, generation: str, case: str, passes: list[str], options: list[di
     return {"op": op, "generation": generation, "case": case, "passes": passes, "options": options}
 
 
-def run(jobs: list[dict[str, Any]], at_once: int):
-    """Yields the results of jobs, each in a process of its own: the compiler reads where to dump but once."""
-    waiting, running = list(jobs), []
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            running.append(_Child(waiting.pop(0)))
-        for child in list(running):
+def run(jobs: list[dict[str, Any]], at_once: int) -> Iterator[dict[str, Any]]:
+    """Yields the results of jobs as they come, from a few processes: the compiler reads where to dump but once each."""
+    lots = [jobs[n::at_once] for n in range(at_once)]
+    children = [_Child(lot) for lot in lots if lot]
+    while children:
+        for child in list(children):
             yield from child.read()
             if child.done():
-                running.remove(child)
+                children.remove(child)
         time.sleep(0.05)
 
 
 class _Child:
-    def __init__(self, job: dict[str, Any]):
-        self.job = job
+    """A process that compiles some jobs and writes a line a result."""
+
+    def __init__(self, jobs: list[dict[str, Any]]):
+        self.jobs = jobs
         shared = Path("/dev/shm")  # in memory where there is such a folder: a dump of a large kernel is many megabytes
         self.folder = tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None, prefix="archloom-dump-")
-        self.results = Path(self.folder.name) / "results.jsonl"
-        self.log = Path(self.folder.name) / "log.txt"
-        self.read_to = 0
+        self.results, self.log = (Path(self.folder.name) / name for name in ("results.jsonl", "log.txt"))
+        self.read_to, self.ended = 0, False
         dump = Path(self.folder.name) / "dump"
         dump.mkdir()
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--child", json.dumps(job), str(dump), str(self.results)],
+            [sys.executable, __file__, "--child", json.dumps(jobs), str(dump), str(self.results)],
             env={**os.environ, **tpu_compile.environment(dump)},
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
         )
 
-    def read(self):
+    def read(self) -> Iterator[dict[str, Any]]:
         self.ended = self.process.poll() is not None  # before the file is read: so no line is missed
         if self.results.exists():
             text = self.results.read_text()
@@ -119,8 +124,10 @@ class _Child:
                 yield json.loads(line)
             self.read_to = end
         if self.ended and self.process.returncode:
-            tail = "\n".join(self.log.read_text().splitlines()[-15:])
-            yield {**self.job, "case": self.job["case"] or "*", "pass": "", "error": tail}
+            lines = self.log.read_text().splitlines()
+            at = next((line for line in reversed(lines) if line.startswith(COMPILING)), COMPILING)
+            error = f"the compiler stopped with code {self.process.returncode}: " + "\n".join(lines[-15:])
+            yield {**dict(zip(("op", "generation", "pass", "case"), at[len(COMPILING) :].split(" | "))), "error": error}
 
     def done(self) -> bool:
         if self.ended:
@@ -128,23 +135,25 @@ class _Child:
         return self.ended
 
 
-def child(job: dict[str, Any], dump: Path, results: Path) -> None:
-    device = tpu_compile.device(job["generation"])
-    for case in tpu_compile.cases(job["op"]):
-        if job["case"] not in case.name:
-            continue
-        for which in job["passes"]:
-            if which == "backward" and not case.backward:
+def child(jobs: list[dict[str, Any]], dump: Path, results: Path) -> None:
+    for job in jobs:
+        device = tpu_compile.device(job["generation"])
+        for case in tpu_compile.cases(job["op"]):
+            if job["case"] not in case.name:
                 continue
-            for options in job["options"]:
-                known = {key: value for key, value in options.items() if key in case.options}
-                head = {"op": job["op"], "case": case.name, "generation": job["generation"], "pass": which}
-                try:
-                    found = {**head, "options": known, **measure(case, which, device, dump, job["generation"], known)}
-                except Exception as error:  # reported, and the next case is compiled
-                    found = {**head, "options": known, "error": f"{type(error).__name__}: {error}"[:2000]}
-                with results.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
+            for which in job["passes"]:
+                if which == "backward" and not case.backward:
+                    continue
+                for options in job["options"]:
+                    known = {name: value for name, value in options.items() if name in case.options}
+                    head = {"op": job["op"], "generation": job["generation"], "pass": which, "case": case.name}
+                    print(f"{COMPILING}{key(head)}", flush=True)
+                    try:
+                        found = measure(case, which, device, dump, job["generation"], known)
+                    except Exception as error:  # reported, and the next one is compiled
+                        found = {"error": f"{type(error).__name__}: {error}"[:2000]}
+                    with results.open("a") as file:
+                        file.write(json.dumps({**head, "options": known, "record": case.record, **found}) + "\n")
 
 
 def measure(case: Any, which: str, device: Any, dump: Path, generation: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -189,8 +198,8 @@ def measure(case: Any, which: str, device: Any, dump: Path, generation: str, opt
 
 
 def print_result(result: dict[str, Any]) -> None:
-    options = " ".join(f"{k}={v}" for k, v in result.get("options", {}).items()) if "pass" in result else ""
-    print(f"{result['op']} {result['generation']} {result['pass']}: {result['case']} {options}", flush=True)
+    options = "".join(f" {name}={value}" for name, value in result.get("options", {}).items())
+    print(f"{key(result)}{options}", flush=True)
     if "error" in result:
         print(f"  refused: {result['error']}", flush=True)
         return
@@ -209,7 +218,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def key(result: dict[str, Any]) -> str:
-    return " | ".join((result["op"], result["generation"], result["pass"], result["case"]))
+    return " | ".join(result.get(part, "") for part in ("op", "generation", "pass", "case"))
 
 
 def record(found: list[dict[str, Any]]) -> None:
