@@ -7,8 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-CHUNK = 64  # tokens without a decay, a power of two
-DECAY_CHUNK = 32  # with one, where the pairs of a chunk cost more; both by measurement on two CPU cores
+from kernels_pallas import blocks, dispatch
+
+# By platform; None: any that is not a CPU, by reasoning and not measured (linear_attention/chunked.py).
+CHUNK = {"cpu": 64, None: 64}  # tokens without a decay, a power of two
+DECAY_CHUNK = {"cpu": 32, None: 64}  # with one, where the pairs of a chunk cost more
+BLOCK = {"cpu": 256, None: 8192}  # tokens a step, over all rows: on a CPU 512 took 1.1 times as long at K 128
 BASE = 8  # rows of the blocks that _inverse starts from
 FORGET = -1e4  # exp of this is 0 in float32, and sums of it stay finite where -inf would give nan
 
@@ -22,36 +26,64 @@ def delta_rule_chunked(
     state: Float[Array, "B H K V"],
     *,
     chunk: int | None = None,
+    block: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """y (float32) and the last state of api.delta_rule.
 
-    Memory saved for the backward pass: the inputs and one state a chunk; the rest is recomputed.
+    Memory saved for the backward pass: the inputs and one state a block; the rest is recomputed.
     """
-    chunk = min(chunk or (CHUNK if log_decay is None else DECAY_CHUNK), 1 << (q.shape[1] - 1).bit_length())
-    return _delta(chunk, {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}, state)
+    batch, length, _, _ = q.shape
+    platform = "cpu" if dispatch.platform() == "cpu" else None
+    chunk = min(chunk or (CHUNK if log_decay is None else DECAY_CHUNK)[platform], 1 << (length - 1).bit_length())
+    cut = blocks.cut(batch, length, block or BLOCK[platform], chunk, platform == "cpu")
+    return _delta(cut, chunk, {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}, state)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _delta(chunk, inputs, state):
-    return _forward(chunk, inputs, state)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _delta(cut, chunk, inputs, state):
+    body = lambda state, x, _: (*_block(chunk, state, x), None)  # noqa: E731
+    state, y, _ = blocks.over(cut, body, state, inputs)
+    return y, state
 
 
-def _forward(chunk, inputs, state):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(cut, chunk, inputs, state):
+    def body(state, x, _):
+        last, y = _block(chunk, state, x)
+        return last, y, state
+
+    state, y, states = blocks.over(cut, body, state, inputs)
+    return (y, state), (inputs, states)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _backward(cut, chunk, saved, cotangents):
+    inputs, states = saved
+    dy, dlast = cotangents
+    body = lambda dstate, x, state: (*_block_backward(chunk, state, *x, dstate), None)  # noqa: E731
+    dstate, dinputs, _ = blocks.over(cut, body, dlast, (inputs, dy), states, reverse=True)
+    return dinputs, dstate
+
+
+_delta.defvjp(_forward, _backward)
+
+
+def _block(chunk, state, inputs):
+    """The chunks of a block: their writes from the state before each, then what they read."""
     x = _split(chunk, inputs)
     decay = _decay(x["log_decay"])
     last, (states, updates) = jax.lax.scan(_write, state, _transform(x["k"], x["v"], x["beta"], decay))
-    y = _read(x["q"], x["k"], decay, states, updates)
-    return (_join(y, inputs["q"].shape[1]), last), (inputs, states)
+    return last, _join(_read(x["q"], x["k"], decay, states, updates))
 
 
-def _backward(chunk, saved, cotangents):
-    inputs, states = saved
+def _block_backward(chunk, state, inputs, dy, dlast):
+    """The gradients of the state before the block and of its inputs; the chunks' states are made again."""
     x, pull_split = jax.vjp(functools.partial(_split, chunk), inputs)
     decay, pull_decay = jax.vjp(_decay, x["log_decay"])
     (erase, values, keys, kept), pull_transform = jax.vjp(_transform, x["k"], x["v"], x["beta"], decay)
-    updates = values - erase @ states
+    _, (states, updates) = jax.lax.scan(_write, state, (erase, values, keys, kept))
     _, pull_read = jax.vjp(_read, x["q"], x["k"], decay, states, updates)
-    dy, dlast = cotangents
     dq, dk, ddecay, dstates, dupdates = pull_read(_split(chunk, {"y": dy})["y"])
 
     def back(dstate, given):  # the transpose of _write; dstate belongs to the state behind the chunk
@@ -70,29 +102,23 @@ def _backward(chunk, saved, cotangents):
     )
     dk_too, dv, dbeta, ddecay_too = pull_transform(dtransform)
     (dlog_decay,) = pull_decay(jax.tree.map(jnp.add, ddecay, ddecay_too))
-    grads = {"q": dq, "k": dk + dk_too, "v": dv, "beta": dbeta, "log_decay": dlog_decay}
-    return (*pull_split(grads), dstate)
-
-
-_delta.defvjp(_forward, _backward)
+    (dinputs,) = pull_split({"q": dq, "k": dk + dk_too, "v": dv, "beta": dbeta, "log_decay": dlog_decay})
+    return dstate, dinputs
 
 
 def _split(chunk, inputs):
-    """[B T H *] -> [chunks B H C *], float32, filled up with zeros: k = 0 and no decay change nothing."""
+    """[B chunks*C H *] -> [chunks B H C *], float32."""
 
     def split(x):
-        batch, length = x.shape[:2]
-        chunks = -(-length // chunk)
-        x = jnp.pad(x, [(0, 0), (0, chunks * chunk - length)] + [(0, 0)] * (x.ndim - 2))
-        x = x.reshape(batch, chunks, chunk, *x.shape[2:]).astype(jnp.float32)
+        x = x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).astype(jnp.float32)
         return jnp.moveaxis(jnp.swapaxes(x, 2, 3), 1, 0)
 
     return jax.tree.map(split, inputs)
 
 
-def _join(y, length):
+def _join(y):
     y = jnp.moveaxis(y, 0, 1).swapaxes(2, 3)
-    return y.reshape(y.shape[0], -1, *y.shape[3:])[:, :length]
+    return y.reshape(y.shape[0], -1, *y.shape[3:])
 
 
 def _decay(g):
