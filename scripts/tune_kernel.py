@@ -5,8 +5,8 @@
 
 Compiles every combination of the options of the op's cases (scripts/tpu_cases/<op>.py) and prints them in order of the
 cycles that bind: the schedule's, or those of the bytes if they are more. --set chunk=128,256 tries these values instead
-of the case's. --time runs the cases on this machine's device instead, the median of rounds. The best of each goes to results/kernels/tune.jsonl, which
-kernels_pallas/<op>/tiles.py cites.
+of the case's. --time runs the cases on this machine's device instead, the median of rounds. The best of each goes to
+results/kernels/tune.jsonl, which kernels_pallas/<op>/tiles.py cites.
 """
 
 import argparse
