@@ -4,10 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from kernels_pallas import mosaic_tpu
+from kernels_pallas import costs, mosaic_tpu
 from kernels_pallas.delta_rule import tiles
 from kernels_pallas.delta_rule.pallas_tpu_backward import backward
 from kernels_pallas.delta_rule.pallas_tpu_chunk import FORGET
@@ -70,7 +69,7 @@ def _delta(plan: Plan, q, k, v, gates, state):
 
 
 def _forward(plan: Plan, q, k, v, gates, state, save):
-    cost = pl.CostEstimate(flops=0, bytes_accessed=0, transcendentals=0)
+    cost = _cost(plan, q, v, backward=False)
     y, *rest = forward(plan, _flat(q), _flat(k), _flat(v), _rows(plan, gates), state, save=save, cost=cost)
     return y.reshape(v.shape), *rest
 
@@ -83,7 +82,7 @@ def _save(plan: Plan, q, k, v, gates, state):
 def _backward(plan: Plan, saved, cotangents):
     q, k, v, gates, states = saved
     dy, dlast = cotangents
-    cost = pl.CostEstimate(flops=0, bytes_accessed=0, transcendentals=0)
+    cost = _cost(plan, q, v, backward=True)
     dq, dk, dv, dgates, dstate = backward(
         plan, _flat(q), _flat(k), _flat(v), _flat(dy), _rows(plan, gates), states, dlast, cost=cost
     )
@@ -94,6 +93,11 @@ def _backward(plan: Plan, saved, cotangents):
 
 
 _delta.defvjp(_save, _backward)
+
+
+def _cost(plan: Plan, q, v, *, backward):
+    sizes, options = (*q.shape, v.shape[-1]), {"chunk": plan.chunk, "gated": plan.gated, "itemsize": q.dtype.itemsize}
+    return costs.delta_rule(*sizes, **options, backward=backward).estimate()
 
 
 def _flat(x):
