@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from kernels_pallas import mosaic_tpu, sharded
+from kernels_pallas import mosaic_gpu, mosaic_tpu, sharded
 from kernels_pallas.sharded import Axes
 
 logger = logging.getLogger("archloom")
@@ -23,7 +23,7 @@ _logged: set[str] = set()
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 EVERYWHERE = "default"  # the key of AUTO for the platforms it does not name
-KERNELS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}  # implementations that run on one platform only
+KERNELS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda", "cudnn": "cuda"}  # implementations that run on one platform only
 
 Auto = Mapping[str, Sequence[str]] | Sequence[str]
 
@@ -136,7 +136,8 @@ class _Op:
     def named(self, name: str, args: Any, kwargs: Any) -> Any:
         function = self.implementations[name]
         known = _known()[0]
-        if name in KERNELS and known not in (None, KERNELS[name]) and not mosaic_tpu.interpreted():
+        interpreted = mosaic_gpu.interpreted() if name == "pallas_gpu" else mosaic_tpu.interpreted()
+        if name in KERNELS and known not in (None, KERNELS[name]) and not interpreted:
             raise NotImplementedError(f"{name} runs on {KERNELS[name]}, and this program is lowered for {known}")
         if self.axes is not None:
             result = sharded.call(self.op, lambda *arrays: function(*arrays, **kwargs), args, self.axes)

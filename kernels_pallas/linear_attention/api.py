@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas import dispatch
 from kernels_pallas.linear_attention.chunked import linear_attention_chunked
+from kernels_pallas.linear_attention.pallas_gpu import linear_attention_gpu
 from kernels_pallas.linear_attention.pallas_tpu import linear_attention_tpu
 from kernels_pallas.linear_attention.ref import linear_attention_ref
 from kernels_pallas.sharded import Axes
@@ -16,6 +17,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "ref": linear_attention_ref,
     "chunked": linear_attention_chunked,
     "pallas_tpu": linear_attention_tpu,
+    "pallas_gpu": linear_attention_gpu,  # not in AUTO until its time on a GPU is on record
 }
 AUTO = {
     "tpu": ("pallas_tpu", "chunked"),
