@@ -27,7 +27,10 @@ def environment(dump: Path | None = None) -> dict[str, str]:
     """The variables to set before jax is imported. dump: a folder for what the compiler tells of each kernel."""
     found = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     if dump is not None:
-        found["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+        wanted = "final_bundles|final_hlo-static"  # of some seventy passes, which take as long to write as to run
+        found["LIBTPU_INIT_ARGS"] = (
+            f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={wanted}"
+        )
     return found
 
 
