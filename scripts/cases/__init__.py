@@ -1,4 +1,4 @@
-"""What scripts/bench_ops.py measures: a module an op, each with a list CASES.
+"""What scripts/bench_kernels.py measures on a CPU: a module an op, each with a list CASES.
 
 A side is a function that imports its framework itself, makes its inputs and returns (step, facts): step() runs forward
 and backward once and returns arrays, the same ones in the same order on every side of a case that compares; facts are
