@@ -4,16 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from kernels_pallas import dispatch, mosaic_tpu
+from kernels_pallas import costs, dispatch, mosaic_tpu
 from kernels_pallas.linear_attention import tiles
 from kernels_pallas.linear_attention.pallas_tpu_backward import backward
+from kernels_pallas.linear_attention.pallas_tpu_chunk import FORGET
 from kernels_pallas.linear_attention.pallas_tpu_forward import forward
 from kernels_pallas.linear_attention.tiles import Plan
-
-FORGET = -1e4  # exp of this is 0 in float32, and sums of it stay finite where -inf would give nan
 
 
 def linear_attention_tpu(
@@ -58,7 +56,6 @@ def _padded(plan: Plan, q, k, v, g, state):
     keys, values = plan.key_width - key_width, plan.value_width - value_width
     q, k, v = _fill(q, 0, more, 0, keys), _fill(k, 0, more, 0, keys), _fill(v, 0, more, 0, values)
     if g is not None:
-        g = jnp.maximum(g.astype(jnp.float32), FORGET)
         g = _fill(g, 0, more, 0, *([keys] if g.ndim == 4 else []))
     y, last = _attend(plan, q, k, v, g, _fill(state.swapaxes(2, 3), 0, 0, values, keys))
     return y[:, :length, :, :value_width], last[:, :, :value_width, :key_width].swapaxes(2, 3)
@@ -74,7 +71,7 @@ def _attend(plan: Plan, q, k, v, g, state):
 
 
 def _forward(plan: Plan, q, k, v, g, state, save):
-    cost = pl.CostEstimate(flops=0, bytes_accessed=0, transcendentals=0)
+    cost = _cost(plan, q, v, backward=False)
     y, *rest = forward(plan, *(_flat(x) for x in (q, k, v)), _rows(plan, g), state, save=save, cost=cost)
     return y.reshape(v.shape), *rest
 
@@ -87,12 +84,15 @@ def _save(plan: Plan, q, k, v, g, state):
 def _backward(plan: Plan, saved, cotangents):
     q, k, v, g, states = saved
     dy, dlast = cotangents
-    cost = pl.CostEstimate(flops=0, bytes_accessed=0, transcendentals=0)
+    cost = _cost(plan, q, v, backward=True)
     flat = (_flat(x) for x in (q, k, v, dy))
-    dq, dk, dv, dg, dstate = backward(plan, *flat, _rows(plan, g), states, dlast, cost=cost)
+    dq, dk, dv, dg, dstate = backward(
+        plan._replace(heads=plan.heads_backward), *flat, _rows(plan, g), states, dlast, cost=cost
+    )
     if plan.decay == "head":
         batch, heads = dg.shape[:2]
         dg = dg.reshape(batch, heads, -1).swapaxes(1, 2)
+        dg = jnp.where(g >= FORGET, dg, 0.0).astype(g.dtype)
     elif plan.decay == "channel":
         dg = dg.reshape(g.shape)
     return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape), dg, dstate
@@ -101,15 +101,24 @@ def _backward(plan: Plan, saved, cotangents):
 _attend.defvjp(_save, _backward)
 
 
+def _cost(plan: Plan, q, v, *, backward):
+    options = {"chunk": plan.chunk, "decay": plan.decay, "itemsize": q.dtype.itemsize}
+    return costs.linear_attention(*q.shape, v.shape[-1], **options, backward=backward).estimate()
+
+
 def _flat(x):
     return x.reshape(*x.shape[:2], -1)
 
 
 def _rows(plan: Plan, g):
-    """As the kernels read it: [B T H] -> [B H N 1 L], a row of L tokens a grid step; [B T H K] -> [B T H*K]."""
+    """As the kernels read it: [B T H] -> [B H N 1 L], a row of L tokens a grid step; [B T H K] -> [B T H*K].
+
+    What is below FORGET is FORGET; in a decay a channel, as large as q, the kernels see to that.
+    """
     if plan.decay is None:
         return None
     if plan.decay == "channel":
         return _flat(g)
     batch, _, heads = g.shape
+    g = jnp.maximum(g.astype(jnp.float32), FORGET)
     return g.swapaxes(1, 2).reshape(batch, heads, -1, 1, plan.chunk * plan.chunks)

@@ -10,11 +10,11 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import mosaic_tpu
 from kernels_pallas.linear_attention.pallas_tpu_chunk import dot, rows_columns, sums
 from kernels_pallas.linear_attention.pallas_tpu_vector import next_state_vector, vector_backward
-from kernels_pallas.linear_attention.tiles import Plan
+from kernels_pallas.linear_attention.tiles import VMEM, WORKING, Plan
 
 
 def backward(plan: Plan, q, k, v, dy, g, states, dlast, *, cost: pl.CostEstimate):
-    """Gradients of q, k, v, g (None without decay; float32) and of the first state [B H V K].
+    """Gradients of q, k, v, g (None without decay) and of the first state [B H V K].
 
     Layouts as in `forward`; states [B N H V K] are those before each grid step, dlast the last state's gradient.
     """
@@ -44,6 +44,8 @@ def backward(plan: Plan, q, k, v, dy, g, states, dlast, *, cost: pl.CostEstimate
         cost=cost,
         interpret=plan.interpret,
         dtypes=[x.dtype for x in inputs],
+        vmem=VMEM,
+        working=WORKING,
     )(*inputs)
     return dq, dk, dv, dg[0] if dg else None, dstate
 
@@ -87,7 +89,8 @@ def _kernel(*refs, plan: Plan, steps: int):
             elif plan.decay == "head":
                 dq, dk, dv, dg_ref[decay], dstates[h] = _head(q, k, v, dy, g_ref[decay], state, dstates[h])
             else:
-                dq, dk, dv, dg_ref[decay], dstates[h] = vector_backward(q, k, v, dy, g_ref[decay], state, dstates[h])
+                dq, dk, dv, dg, dstates[h] = vector_backward(q, k, v, dy, g_ref[decay], state, dstates[h])
+                dg_ref[decay] = dg.astype(dg_ref.dtype)
             dq_ref[keys] = dq.astype(dq_ref.dtype)
             dk_ref[keys] = dk.astype(dk_ref.dtype)
             dv_ref[values] = dv.astype(dv_ref.dtype)
@@ -133,7 +136,7 @@ def _head(q, k, v, dy, g, state, dstate):
     dtype = q.dtype
     exact = dtype == jnp.float32
     row, column = rows_columns(q.shape[0])
-    between = sums(jnp.where(column > row, g, 0.0), row <= column, exact)  # [s t]: g_{s+1} + ... + g_t
+    between = sums(jnp.where(column > row, g, 0.0), row <= column, exact, passes=2)  # [s t]: g_{s+1} + ... + g_t
     decay = jnp.where(column >= row, jnp.exp(between), 0.0)
     until = jnp.exp(between[:, -1:])  # [s 1]
     since = jnp.exp(jnp.where(column <= row, g, 0.0).sum(1, keepdims=True))  # [t 1]

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+FORGET = -1e4  # exp of this is 0 in float32, and sums of it stay finite where -inf would give nan
+
 
 def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
     """Matrix product over one axis of each, in float32; float32 operands keep all their digits."""
@@ -20,7 +22,7 @@ def rows_columns(size: int) -> tuple[Array, Array]:
 
 
 def parts(x: Array, count: int) -> list[Array]:
-    """Float32 as a sum of bfloat16 numbers, 8 bits of each by cutting off the rest."""
+    """Float32 as a sum of bfloat16 numbers: all but the last are 8 bits each, cut off, so that the rest is exact."""
     out = []
     for _ in range(count - 1):
         bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
@@ -30,19 +32,17 @@ def parts(x: Array, count: int) -> list[Array]:
     return [*out, x.astype(jnp.bfloat16)]
 
 
-def sums(x: Array, ones: Array, exact: bool) -> Array:
-    """x @ ones for a boolean matrix: exact as float32 sums are, or to 16 bits of x in two passes."""
+def sums(x: Array, ones: Array, exact: bool, passes: int = 1) -> Array:
+    """x @ ones for a boolean matrix: as float32 sums are, or of 8 bits of x a pass."""
     if exact:
         return dot(x, ones.astype(jnp.float32))
-    ones = ones.astype(jnp.float32).astype(jnp.bfloat16)
-    first, *rest = (dot(part, ones) for part in parts(x, 2))
-    return sum(rest, start=first)
+    return sum(dot(part, _bfloat16(ones)) for part in parts(x, passes))
 
 
 def sums_left(ones: Array, x: Array, exact: bool) -> Array:
-    """ones @ x, as `sums`."""
-    if exact:
-        return dot(ones.astype(jnp.float32), x)
-    ones = ones.astype(jnp.float32).astype(jnp.bfloat16)
-    first, *rest = (dot(ones, part) for part in parts(x, 2))
-    return sum(rest, start=first)
+    """ones @ x for a boolean matrix: as float32 sums are, or of 8 bits of x."""
+    return dot(ones.astype(jnp.float32), x) if exact else dot(_bfloat16(ones), x.astype(jnp.bfloat16))
+
+
+def _bfloat16(ones):
+    return ones.astype(jnp.float32).astype(jnp.bfloat16)

@@ -10,14 +10,14 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import mosaic_tpu
 from kernels_pallas.linear_attention.pallas_tpu_chunk import dot, rows_columns, sums
 from kernels_pallas.linear_attention.pallas_tpu_vector import vector_forward
-from kernels_pallas.linear_attention.tiles import Plan
+from kernels_pallas.linear_attention.tiles import VMEM, WORKING, Plan
 
 
 def forward(plan: Plan, q, k, v, g, state, *, save: bool, cost: pl.CostEstimate):
     """y [B T H*V] in the dtype of v, the last state [B H V K] and with `save` those before each grid step [B N H V K].
 
-    q, k [B T H*K]; state [B H V K], with the key channels in the lanes; g None, rows [B H N 1 L] of a decay a head, or
-    [B T H*K] of one a channel, float32.
+    q, k [B T H*K]; state [B H V K], with the key channels in the lanes; g None, float32 rows [B H N 1 L] of a decay a
+    head, or [B T H*K] of one a channel in any float dtype.
     """
     batch, length, _ = q.shape
     heads, size = state.shape[1], plan.chunk * plan.chunks
@@ -44,6 +44,8 @@ def forward(plan: Plan, q, k, v, g, state, *, save: bool, cost: pl.CostEstimate)
         cost=cost,
         interpret=plan.interpret,
         dtypes=[x.dtype for x in inputs],
+        vmem=VMEM,
+        working=WORKING,
     )(*inputs)
 
 
@@ -92,7 +94,7 @@ def _head(q, k, v, g, state):
     """As _plain with the row g [1 C] of log decays."""
     exact = q.dtype == jnp.float32
     row, column = rows_columns(q.shape[0])
-    between = sums(jnp.where(column <= row, g, 0.0), column < row, exact)  # [t s]: g_{s+1} + ... + g_t
+    between = sums(jnp.where(column <= row, g, 0.0), column < row, exact, passes=2)  # [t s]: g_{s+1} + ... + g_t
     since = between[:, :1] + g[:, :1]
     decay = jnp.where(column <= row, jnp.exp(between), 0.0)
     pairs = (dot(q, k, (1, 1)) * decay).astype(v.dtype)

@@ -4,15 +4,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.linear_attention.pallas_tpu_chunk import dot, rows_columns, sums_left
+from kernels_pallas.linear_attention.pallas_tpu_chunk import FORGET, dot, rows_columns, sums_left
 
 Array = jax.Array
 
-ROWS = 8  # of a register: sums over fewer tokens are made by rotating it
+ROWS = 8  # of a register: stretches of fewer tokens are taken by masks, of more by whole registers
+LOG2E = 1.4426950408889634  # the exponents are of 2, which is what the hardware has
 
 
 def stretches(g: Array) -> tuple[list[tuple[int, Array]], Array, Array]:
-    """Sums of the decays g [C K], each of them direct.
+    """Sums of the decays g [C K] of any float dtype, each of them direct; as exponents of 2.
 
     Returns:
       (m, x [C K]) for m = 1, 2, 4, ... C / 2: in stretches of m tokens, x is the sum since the start of an odd stretch
@@ -21,6 +22,7 @@ def stretches(g: Array) -> tuple[list[tuple[int, Array]], Array, Array]:
       The sum since the start of the chunk up to and with each token, and until its end after each, [C K].
     """
     size, width = g.shape
+    g = jnp.maximum(g.astype(jnp.float32), FORGET) * LOG2E
     cube = g.reshape(size // ROWS, ROWS, width)
     place = jax.lax.broadcasted_iota(jnp.int32, cube.shape, 1)
 
@@ -57,29 +59,52 @@ def stretches(g: Array) -> tuple[list[tuple[int, Array]], Array, Array]:
     return out, since, until
 
 
+def _halves(x, m):
+    """The rows of the even and of the odd stretches of m tokens, lists of [m *]."""
+    parts = [x[n : n + m] for n in range(0, x.shape[0], m)]
+    return parts[::2], parts[1::2]
+
+
+def _merge(even, odd):
+    return jnp.concatenate([x for pair in zip(even, odd) for x in pair])
+
+
+def _alternate(even, odd, m):
+    """Rows of `even` in the even stretches of m tokens and of `odd` in the odd ones."""
+    if m >= ROWS:
+        return _merge(_halves(even, m)[0], _halves(odd, m)[1])
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, even.shape, 0) & m != 0, odd, even)
+
+
 def vector_forward(q, k, v, g, state):
-    """y and the next state [V K] of a chunk, from the one before; g [C K] float32."""
+    """y and the next state [V K] of a chunk, from the one before; g [C K]."""
     dtype, size = q.dtype, q.shape[0]
     levels, since, until = stretches(g)
     wide_q, wide_k = q.astype(jnp.float32), k.astype(jnp.float32)
     row, column = rows_columns(size)
-    apart = row ^ column  # its highest bit is the level at which a pair meets
+    apart = jnp.where(row >= column, row ^ column, -1)  # the highest bit is the level at which a pair meets
     pairs = jnp.where(apart == 0, dot(q, k, (1, 1)), 0.0)
     for m, x in levels:
-        decay = jnp.exp(x)
-        queries, keys = (wide_q * decay).astype(dtype), (wide_k * decay).astype(dtype)
-        meet = (apart >= m) & (apart < 2 * m) & (row > column)
-        pairs = jnp.where(meet, dot(queries, keys, (1, 1)), pairs)
-    y = dot(pairs.astype(dtype), v) + dot((wide_q * jnp.exp(since)).astype(dtype), state.astype(dtype), (1, 1))
-    keys = (wide_k * jnp.exp(until)).astype(dtype)
-    return y, jnp.exp(since[-1:]) * state + dot(v, keys, (0, 0))
+        both = (_alternate(wide_k, wide_q, m) * jnp.exp2(x)).astype(dtype)
+        meet = apart & -m == m
+        if m < ROWS:
+            pairs = jnp.where(meet, dot(both, both, (1, 1)), pairs)
+            continue
+        products = dot(jnp.concatenate(_halves(both, m)[1]), both, (1, 1))
+        products = [products[n : n + m] for n in range(0, size // 2, m)]
+        even, odd = _halves(pairs, m)
+        odd = [jnp.where(here, new, old) for here, new, old in zip(_halves(meet, m)[1], products, odd)]
+        pairs = _merge(even, odd)
+    y = dot(pairs.astype(dtype), v) + dot((wide_q * jnp.exp2(since)).astype(dtype), state.astype(dtype), (1, 1))
+    keys = (wide_k * jnp.exp2(until)).astype(dtype)
+    return y, jnp.exp2(since[-1:]) * state + dot(v, keys, (0, 0))
 
 
 def next_state_vector(k, v, g, state):
     """The next state [V K] alone."""
     _, since, until = stretches(g)
-    keys = (k.astype(jnp.float32) * jnp.exp(until)).astype(k.dtype)
-    return jnp.exp(since[-1:]) * state + dot(v, keys, (0, 0))
+    keys = (k.astype(jnp.float32) * jnp.exp2(until)).astype(k.dtype)
+    return jnp.exp2(since[-1:]) * state + dot(v, keys, (0, 0))
 
 
 def vector_backward(q, k, v, dy, g, state, dstate):
@@ -87,36 +112,45 @@ def vector_backward(q, k, v, dy, g, state, dstate):
     dtype, size = q.dtype, q.shape[0]
     exact = dtype == jnp.float32
     levels, since, until = stretches(g)
-    wide_q, wide_k = q.astype(jnp.float32), k.astype(jnp.float32)
+    wide_q, wide_k, wide_dy = (x.astype(jnp.float32) for x in (q, k, dy))
     row, column = rows_columns(size)
     apart = row ^ column
     low, dlow = state.astype(dtype), dstate.astype(dtype)
-    from_start, to_end, whole = jnp.exp(since), jnp.exp(until), jnp.exp(since[-1:])
-    queries, keys = (wide_q * from_start).astype(dtype), (wide_k * to_end).astype(dtype)
-    weights = dot(dy, v, (1, 1))  # [t s]
-    weights_t = dot(v, dy, (1, 1))  # [s t]
-    pairs_t = jnp.where(apart == 0, dot(k, q, (1, 1)), 0.0)
-    same = jnp.where(apart == 0, weights, 0.0).astype(dtype)
+    from_start, to_end, whole = jnp.exp2(since), jnp.exp2(until), jnp.exp2(since[-1:])
+    queries, keys = wide_q * from_start, wide_k * to_end
+    # a query and its own key, without decay
+    pair = (wide_q * wide_k).sum(1, keepdims=True)
+    dpair = (wide_dy * v.astype(jnp.float32)).sum(1, keepdims=True)
     dqueries, dkeys = dot(dy, low), dot(v, dlow)
-    dq = dqueries * from_start + dot(same, k)
-    dk = dkeys * to_end + dot(same, q)
-    dnext = whole * dstate + dot(dy, queries, (0, 0))
+    dq = dqueries * from_start + dpair * wide_k
+    dk = dkeys * to_end + dpair * wide_q
+    dnext = whole * dstate + dot(dy, queries.astype(dtype), (0, 0))
     # a decay g_i is in the sums since the start of the queries t >= i, until the end of the keys s < i, and the whole
-    dsince, duntil = dqueries * from_start * wide_q, dkeys * to_end * wide_k
-    dg = sums_left(column >= row, dsince, exact) + sums_left(column < row, duntil, exact)
+    dg = sums_left(column >= row, dqueries * queries, exact) + sums_left(column < row, dkeys * keys, exact)
     dg = dg + whole * (state * dstate).sum(0, keepdims=True)
+    # the gradient of the pairs, [t s] below the diagonal and [s t] above
+    dweights = jnp.where(row > column, dot(dy, v, (1, 1)), dot(v, dy, (1, 1)))
+    pairs = jnp.zeros((size, size), jnp.float32)  # [s t]
     for m, x in levels:
-        decay = jnp.exp(x)
-        wide_queries, wide_keys = wide_q * decay, wide_k * decay
-        level_queries, level_keys = wide_queries.astype(dtype), wide_keys.astype(dtype)
-        meet = (apart >= m) & (apart < 2 * m)
-        pairs_t = jnp.where(meet & (column > row), dot(level_keys, level_queries, (1, 1)), pairs_t)
-        dpairs = jnp.where(meet & (row > column), weights, 0.0).astype(dtype)
-        dpairs_t = jnp.where(meet & (column > row), weights_t, 0.0).astype(dtype)
-        dlevel_q, dlevel_k = dot(dpairs, level_keys), dot(dpairs_t, level_queries)
-        dq, dk = dq + dlevel_q * decay, dk + dlevel_k * decay
-        dx = dlevel_q * wide_queries + dlevel_k * wide_keys
+        decay = jnp.exp2(x)
+        wide = _alternate(wide_k, wide_q, m) * decay
+        both = wide.astype(dtype)
+        meet = apart & -m == m
+        dboth = dot(jnp.where(meet, dweights, 0.0).astype(dtype), both)
+        dx, dboth = dboth * wide, dboth * decay
         inside = (apart < m) & (((row & m != 0) & (column >= row)) | ((row & m == 0) & (column < row)))
         dg = dg + sums_left(inside, dx, exact)
-    dv = dot(pairs_t.astype(dtype), dy) + dot(keys, dlow, (1, 1))
-    return dq, dk, dv, dg, dnext
+        if m < ROWS:
+            pairs = jnp.where(meet & (column > row), dot(both, both, (1, 1)), pairs)
+            odd = jax.lax.broadcasted_iota(jnp.int32, dboth.shape, 0) & m != 0
+            dq, dk = dq + jnp.where(odd, dboth, 0.0), dk + jnp.where(odd, 0.0, dboth)
+            continue
+        products = dot(jnp.concatenate(_halves(both, m)[0]), both, (1, 1))
+        products = [products[n : n + m] for n in range(0, size // 2, m)]
+        (even, odd), (dk_even, dk_odd), (dq_even, dq_odd) = (_halves(x, m) for x in (pairs, dk, dq))
+        (more_even, more_odd), meet_even = _halves(dboth, m), _halves(meet, m)[0]
+        pairs = _merge([jnp.where(*x) for x in zip(meet_even, products, even)], odd)
+        dk = _merge([a + b for a, b in zip(dk_even, more_even)], dk_odd)
+        dq = _merge(dq_even, [a + b for a, b in zip(dq_odd, more_odd)])
+    dv = dot(pairs.astype(dtype), dy) + pair * wide_dy + dot(keys.astype(dtype), dlow, (1, 1))
+    return dq, dk, dv, jnp.where(g.astype(jnp.float32) >= FORGET, dg, 0.0), dnext

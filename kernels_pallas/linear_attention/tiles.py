@@ -1,12 +1,30 @@
-"""Tile sizes of the TPU kernels by shape, each with its measurement."""
+"""Tile sizes of the TPU kernels by device kind and shape, each with its measurement.
+
+Bundles a token and head, bf16, K = V = 128, of the compiler's static schedule (libtpu 0.0.52), whole program over the
+tokens of a grid step; chunk x chunks a step, heads a step. scripts/tpu_schedule.py linear_attention makes them anew.
+
+                       v5e                                           v6e
+    plain forward      128x4 2: 1.31, 128x4 4: 1.12, 256x2 2: 1.77   128x4 2: 1.49, 256x2 2: 1.23, 256x2 4: 1.02
+    plain backward     128x4 2: 3.04, 128x4 4: 2.98, 256x2 2: 3.99   128x4 2: 2.90, 256x2 2: 2.67
+    head forward       128x4 1: 2.70, 128x4 2: 2.29, 128x4 4: 2.15   128x4 2: 2.21, 128x4 4: 2.09, 256x2 2: 2.08
+    head backward      128x4 1: 5.09, 128x4 4: 4.25                  128x4 2: 5.06, 256x2 2: 4.89
+    channel forward    128x4 2: 4.05                                 128x4 2: 4.08
+    channel backward   128x4 1: 14.4, 128x4 2: 13.8, 64x4 2: 16.3    128x4 2: 13.8
+"""
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from kernels_pallas import mosaic_tpu
 
-CHUNK = 128  # tokens that meet in one matrix product: the width of the matrix unit up to v5p
-STEP = 512  # tokens a grid step, and so between two saved states
-HEADS = 2  # a grid step
+CHUNK = 128  # the width of the matrix unit up to v5p
+WIDE = ("TPU v6", "TPU7x")  # the matrix unit is 256 wide
+STEP = 512  # tokens a grid step, and so between two saved states: an eighth of q, k and v in bfloat16
+HEADS = 4  # a grid step, at most
+LANES = 512  # columns of all the heads of a grid step, at most
+VMEM = 32 << 20  # bytes a kernel may use, of which the compiler takes some for the registers it runs out of
+WORKING = 8 << 20
 
 
 class Plan(NamedTuple):
@@ -14,7 +32,8 @@ class Plan(NamedTuple):
 
     chunk: int
     chunks: int  # a grid step
-    heads: int  # a grid step
+    heads: int  # a grid step of the forward pass
+    heads_backward: int
     key_width: int  # of one head, filled up
     value_width: int
     decay: str | None  # None, "head" or "channel"
@@ -33,13 +52,21 @@ def choose(
     heads: int | None = None,
     interpret: mosaic_tpu.Interpret = False,
 ) -> Plan:
-    """The plan for q of shape [B T H K] and values of that width; what is None is chosen."""
+    """The plan for q of shape [B T H K] and values of that width on a device; what is None is chosen."""
     _, length, count, keys = shape
     key_width, value_width = width(keys, count), width(values, count)
-    chunk = min(chunk or CHUNK, max(16, 1 << (length - 1).bit_length()))
-    chunks = max(1, min(step or STEP, length + chunk - 1) // chunk)
-    together = heads_together(count, key_width, value_width, heads or HEADS)
-    return Plan(chunk, chunks, together, key_width, value_width, decay, interpret)
+    exact = jnp.dtype(dtype) == jnp.float32
+    if chunk is None:
+        chunk = 2 * CHUNK if decay is None and not exact and (device or "").startswith(WIDE) else CHUNK
+    chunk = min(chunk, max(16, 1 << (length - 1).bit_length()))
+    if step is None:
+        step = STEP // 2 if exact and decay == "channel" else STEP
+    chunks = max(1, min(step, length + chunk - 1) // chunk)
+    lanes = LANES // 2 if exact or decay == "channel" else LANES
+    most = min(HEADS, lanes // max(key_width, value_width))
+    fewer = most // 2 if exact or decay == "channel" else most  # long programs, slow to compile
+    together = [heads_together(count, key_width, value_width, heads or n) for n in (most, fewer)]
+    return Plan(chunk, chunks, *together, key_width, value_width, decay, interpret)
 
 
 def width(size: int, heads: int) -> int:
