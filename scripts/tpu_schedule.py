@@ -165,7 +165,8 @@ def measure(case: Any, which: str, device: Any, dump: Path, generation: str, opt
     compiled = tpu_compile.compile(case, which, device, **options)
     seconds = time.perf_counter() - start
     programs = tpu_dump.kernels(dump, calls)
-    shares = case.shares(**options) if callable(case.shares) else case.shares
+    with tpu_compile.target(device):
+        shares = case.shares(**options) if callable(case.shares) else case.shares
     kernels = {}
     for name, files in programs.items():
         parts = [tpu_dump.read(name, *pair, shares.get(name, ()), case.turns.get(name, ())) for pair in files]

@@ -13,20 +13,26 @@ import numpy as np
 from kernels_pallas import dispatch
 from scripts.tpu_cases import Case
 
-TILES = {"block_q": 512, "block_kv": 512, "compute": 512}
-# (block_q, block_kv, compute) by case, pass and device kind; fused: dq in the kernel of dk and dv
-BEST: dict[tuple[str, str], dict[str, object]] = {}
+# block_q, block_kv and the columns computed at a time, by case and device kind: of the forward and of the backward pass
+TILES = ((1024, 1024, 512), (1024, 1024, 1024))
+BEST: dict[tuple[str, str], tuple[tuple[int, int, int], tuple[int, int, int]]] = {
+    ("splash bf16 4x4096x16x128 causal", "TPU v5 lite"): ((1024, 1024, 256), (1024, 1024, 1024)),
+    ("splash bf16 4x4096x16x128 causal", "TPU v6 lite"): ((1024, 1024, 512), (1024, 1024, 1024)),
+}
+
+
+def tiles(name, kind, block_q, block_kv, compute):
+    """Both passes' tiles: the best, but for what is given."""
+    given = (block_q, block_kv, compute)
+    return [tuple(new or old for new, old in zip(given, best)) for best in BEST.get((name, kind or ""), TILES)]
 
 
 def splash(q, k, v, *, window, name, block_q=None, block_kv=None, compute=None, fused=True):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    tiles = {**TILES, **BEST.get((name, dispatch.device_kind() or ""), {})}
-    given = {"block_q": block_q, "block_kv": block_kv, "compute": compute}
-    tiles.update({key: value for key, value in given.items() if value is not None})
-    rows, columns, inner = tiles["block_q"], tiles["block_kv"], tiles["compute"]
-    if inner > columns:
+    (rows, columns, inner), backward = tiles(name, dispatch.device_kind(), block_q, block_kv, compute)
+    if inner > columns or backward[2] > backward[1]:
         raise NotImplementedError(f"compute {inner} exceeds block_kv {columns}")
     length, heads = q.shape[2], q.shape[1]
     one = masks.CausalMask((length, length))
@@ -36,36 +42,40 @@ def splash(q, k, v, *, window, name, block_q=None, block_kv=None, compute=None, 
         block_q=rows,
         block_kv=columns,
         block_kv_compute=inner,
-        block_q_dkv=rows,
-        block_kv_dkv=columns,
-        block_kv_dkv_compute=inner,
-        block_q_dq=None if fused else rows,
-        block_kv_dq=None if fused else columns,
+        block_q_dkv=backward[0],
+        block_kv_dkv=backward[1],
+        block_kv_dkv_compute=backward[2],
+        block_q_dq=None if fused else backward[0],
+        block_kv_dq=None if fused else backward[1],
         use_fused_bwd_kernel=fused,
     )
     attend = kernel.make_splash_mha_single_device(masks.MultiHeadMask([one] * heads), block_sizes=sizes)
     return jax.vmap(attend)(q, k, v)
 
 
-def shares(*, length, heads, window, block_q=512, block_kv=512, fused=True, **_):
+def shares(*, name, length, heads, window, block_q=None, block_kv=None, compute=None, fused=True):
     """Of the grid's steps, those whose tile has a visible pair: the grid is as wide as the fullest row (or column)."""
-    first = np.arange(0, length, block_q)
-    low = np.zeros_like(first) if window is None else np.maximum(first - window + 1, 0) // block_kv
-    high = np.minimum(first + block_q - 1, length - 1) // block_kv
-    row_counts = high - low + 1
-    rows, columns = len(first), length // block_kv
-    visible = np.zeros((rows, columns), bool)
-    for row, (a, b) in enumerate(zip(low, high)):
-        visible[row, a : b + 1] = True
-    tall = rows if fused else visible.sum(0).max()
-    total = row_counts.sum()
-    forward, across = total / (rows * row_counts.max()), total / (columns * tall)
-    edges = (1 / row_counts.max(),) * 2  # what begins and ends a row of tiles
+    forward, backward = tiles(name, dispatch.device_kind(), block_q, block_kv, compute)
+
+    def visible(rows, columns):
+        first = np.arange(0, length, rows)[:, None]
+        left = np.arange(0, length, columns)[None]
+        seen = left <= first + rows - 1
+        return seen if window is None else seen & (left + columns - 1 > first - window)
+
+    def of_rows(rows, columns, _):
+        seen = visible(rows, columns)
+        width = seen.sum(1).max()
+        return seen.sum() / (len(seen) * width), 1 / width, 1 / width  # the tiles; what begins and ends a row
+
+    across = visible(*backward[:2])
+    tall = len(across) if fused else across.sum(0).max()
+    columns = (across.sum() / (across.shape[1] * tall), 1 / (heads * tall), 1 / (heads * tall))
     return {
-        "splash_mha_fwd_no_residuals": (forward, *edges),
-        "splash_mha_fwd_residuals": (forward, *edges),
-        "splash_mha_dq_no_residuals": (forward, *edges),
-        "splash_mha_dkv_no_residuals": (across, *(1 / (heads * tall),) * 2),
+        "splash_mha_fwd_no_residuals": of_rows(*forward),
+        "splash_mha_fwd_residuals": of_rows(*forward),
+        "splash_mha_dq_no_residuals": of_rows(*backward),
+        "splash_mha_dkv_no_residuals": columns,
     }
 
 
@@ -86,7 +96,7 @@ def _case(name, batch, length, heads, width, window=None):
         4 * size * 2,
         8 * size * 2,
         options,
-        shares=functools.partial(shares, length=length, heads=heads, window=window),
+        shares=functools.partial(shares, name=name, length=length, heads=heads, window=window),
         record=False,
     )
 
