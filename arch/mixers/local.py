@@ -147,5 +147,5 @@ class Local(PatternAttention):
     def step(self, x: Float[Array, "B D"], state: State) -> tuple[Float[Array, "B D"], State]:
         """One more token, written over the oldest of the window or the last block's."""
         length, size = state["length"], state["k"].shape[1]
-        written = length if self.block is None else length % size  # the newest place that is visible
-        return self.step_in_cache(x, state, length % size, jnp.arange(size) <= written)
+        written = jnp.minimum(length, size - 1) if self.block is None else length % size  # the last visible place
+        return self.step_in_ring(x, state, length % size, written + 1)

@@ -12,6 +12,7 @@ from arch.ops.block_attention import masked_weights
 from arch.ops.heads import join_heads, split_heads
 from arch.positions import Rotary
 from kernels_pallas.attention import IMPLEMENTATIONS, attention
+from kernels_pallas.decode_attention import decode_attention
 
 
 class PatternAttention(nnx.Module):
@@ -63,13 +64,27 @@ class PatternAttention(nnx.Module):
         empty = jnp.zeros((batch, size, self.groups, self.head_dim), self.qkv.kernel.dtype)
         return {"k": empty, "v": empty, "length": jnp.zeros((), jnp.int32)}
 
+    def step_in_ring(
+        self, x: Float[Array, "B D"], state: State, place: Array, count: Array
+    ) -> tuple[Float[Array, "B D"], State]:
+        """One more token, written at `place` of the cache; it sees the first `count` places."""
+        q, state = self._write(x, state, place)
+        lengths = jnp.broadcast_to(count, (x.shape[0],))
+        y = decode_attention(q[:, 0], state["k"], state["v"], lengths)
+        return self.out(y.reshape(x.shape[0], self.heads * self.head_dim)), state
+
+    def _write(self, x: Array, state: State, place: Array) -> tuple[Array, State]:
+        """The query [B 1 H K], and the state with the token's key and value."""
+        q, k, v = self.project(x[:, None], state["length"])
+        keys = jnp.asarray(state["k"]).at[:, place].set(k[:, 0].astype(state["k"].dtype))
+        values = jnp.asarray(state["v"]).at[:, place].set(v[:, 0].astype(state["v"].dtype))
+        return q, {"k": keys, "v": values, "length": state["length"] + 1}
+
     def step_in_cache(
         self, x: Float[Array, "B D"], state: State, place: Array, seen: Bool[Array, " S"] | Bool[Array, "H S"]
     ) -> tuple[Float[Array, "B D"], State]:
         """One more token, written at `place` of the cache; it sees the places where `seen` is True."""
-        q, k, v = self.project(x[:, None], state["length"])
-        keys = jnp.asarray(state["k"]).at[:, place].set(k[:, 0].astype(state["k"].dtype))
-        values = jnp.asarray(state["v"]).at[:, place].set(v[:, 0].astype(state["v"].dtype))
+        q, state = self._write(x, state, place)
         bias = jnp.where(jnp.atleast_2d(seen), 0.0, -jnp.inf)[None, :, None]  # [1 1|H 1 S]
-        y = attention(q, keys, values, causal=False, bias=bias, implementation=self.implementation)
-        return self.out(join_heads(y))[:, 0], {"k": keys, "v": values, "length": state["length"] + 1}
+        y = attention(q, state["k"], state["v"], causal=False, bias=bias, implementation=self.implementation)
+        return self.out(join_heads(y))[:, 0], state

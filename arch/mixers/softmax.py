@@ -15,6 +15,7 @@ from arch.positions import Rotary
 from arch.registry import MIXERS
 from arch.schema import Positive
 from kernels_pallas.attention import IMPLEMENTATIONS, attention
+from kernels_pallas.decode_attention import decode_attention
 
 
 @MIXERS.register("softmax")
@@ -173,17 +174,24 @@ class Softmax(nnx.Module):
         """One more token. Past max_length the last place of the cache is written over: do not go there."""
         if self.causal_chunk is not None:
             raise ConfigError("causal_chunk", "the tokens of a chunk see each other, so they come together: use extend")
-        y, state = self.extend(x[:, None], state)
-        return y[:, 0], state
+        q, state = self._append(x[:, None], state)
+        lengths = jnp.broadcast_to(state["length"], (x.shape[0],))
+        y = decode_attention(q[:, 0], state["k"], state["v"], lengths)
+        return self.out(y.reshape(x.shape[0], self.heads * self.head_dim)), state
 
     def extend(self, x: Float[Array, "B C D"], state: State) -> tuple[Float[Array, "B C D"], State]:
         """One more chunk, whose tokens see each other and all before."""
-        length, size = state["length"], x.shape[1]
+        q, state = self._append(x, state)
+        seen = jnp.broadcast_to(jnp.arange(state["k"].shape[1]) < state["length"], state["k"].shape[:2])
+        y = attention(q, state["k"], state["v"], causal=False, keep=seen, implementation=self.implementation)
+        return self.out(join_heads(y)), state
+
+    def _append(self, x: Float[Array, "B C D"], state: State) -> tuple[Float[Array, "B C H K"], State]:
+        """The queries, and the state with the keys and values of the new tokens."""
+        length = state["length"]
         q, k, v = self._project(x, length)
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(state[name], new.astype(state[name].dtype), length, axis=1)
             for name, new in (("k", k), ("v", v))
         )
-        seen = jnp.broadcast_to(jnp.arange(keys.shape[1]) < length + size, keys.shape[:2])
-        y = attention(q, keys, values, causal=False, keep=seen, implementation=self.implementation)
-        return self.out(join_heads(y)), {"k": keys, "v": values, "length": length + size}
+        return q, {"k": keys, "v": values, "length": length + x.shape[1]}
