@@ -27,7 +27,7 @@ class Axes:
     """
 
     ins: tuple[str | None, ...]
-    outs: tuple[str | None, ...]
+    outs: tuple[str | None, ...] | str  # a string alone: the op returns a lone array
 
 
 def call(op: str, function: Callable[..., Any], args: Sequence[Any], axes: Axes) -> Any:
@@ -57,7 +57,10 @@ def call(op: str, function: Callable[..., Any], args: Sequence[Any], axes: Axes)
             filled[n] = array
         return function(*filled)
 
-    outs = tuple(None if letters is None else _spec(None, letters, cut, free) for letters in axes.outs)
+    if isinstance(axes.outs, str):
+        outs: Any = _spec(None, axes.outs, cut, free)
+    else:
+        outs = tuple(None if letters is None else _spec(None, letters, cut, free) for letters in axes.outs)
     mapped = jax.shard_map(body, in_specs=specs, out_specs=outs, axis_names=set(free), check_vma=False)
     return mapped(*(args[n] for n in present))
 

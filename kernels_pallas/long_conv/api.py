@@ -10,13 +10,16 @@ from kernels_pallas import dispatch
 from kernels_pallas.long_conv.direct import long_conv_direct
 from kernels_pallas.long_conv.fft import long_conv_fft
 from kernels_pallas.long_conv.ref import long_conv_ref
+from kernels_pallas.sharded import Axes
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "ref": long_conv_ref,
     "direct": long_conv_direct,
     "fft": long_conv_fft,
 }
-AUTO = ("direct", "fft")  # in order of preference; direct refuses filters past the measured crossover
+# in order of preference; direct refuses filters past the measured crossover, fft differs on a CPU
+AUTO = {"cpu": ("direct", "fft"), "default": ("direct", "fft")}
+AXES = Axes(("B.H", ".H"), "B.H")
 
 
 def long_conv(
@@ -44,4 +47,5 @@ def long_conv(
         )
     if 0 in x.shape or 0 in filter.shape:
         return jnp.zeros_like(x)
-    return dispatch.call("long_conv", IMPLEMENTATIONS, implementation, AUTO, x, filter).astype(x.dtype)
+    y = dispatch.call("long_conv", IMPLEMENTATIONS, implementation, AUTO, x, filter, axes=AXES)
+    return y.astype(x.dtype)
