@@ -3,13 +3,18 @@
 The shapes are those of scripts/tpu_cases. What is measured is the compiler's own schedule: scripts/tpu_schedule.py.
 """
 
+import functools
+import importlib
 import importlib.metadata
 import json
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
+
+from kernels_pallas import dispatch, mosaic_tpu
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -71,9 +76,9 @@ def test_every_kernel_compiles(op, matrix):
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_no_schedule_has_grown(op, matrix, table):
-    here = importlib.metadata.version("libtpu")
-    if here != table["versions"]["libtpu"]:
-        pytest.skip(f"the table was made with libtpu {table['versions']['libtpu']}, and {here} is installed")
+    here = {name: importlib.metadata.version(name) for name in table["versions"]}
+    if here != table["versions"]:
+        pytest.skip(f"the table was made with {table['versions']}, and {here} are installed")
     results = [matrix[name] for name in wanted(op) if name in matrix]
     assert not tpu_schedule.compare([result for result in results if result.get("record", True)], table)
 
@@ -95,3 +100,48 @@ def test_growth_is_found():
     assert not tpu_schedule.compare([result], {tpu_schedule.key(result): {"bundles": 1.02}})
     assert tpu_schedule.compare([result], {})
     assert tpu_schedule.compare([{**result, "error": "refused"}], {tpu_schedule.key(result): {"bundles": 2.0}})
+
+
+WIDE = 65_536  # no tile of such a width fits
+
+
+def blocks(*shapes, limit):
+    """A call of a kernel with blocks of these shapes, float32, that may use so many bytes."""
+    from jax.experimental import pallas as pl
+
+    specs = [pl.BlockSpec(shape, lambda n: (0, 0)) for shape in shapes]
+    return mosaic_tpu.call(
+        lambda *refs: None,
+        name="op_forward",
+        grid=(1,),
+        in_specs=specs[:-1],
+        out_specs=specs[-1],
+        out_shape=jax.ShapeDtypeStruct(shapes[-1], jnp.float32),
+        semantics=("arbitrary",),
+        cost=pl.CostEstimate(flops=0, bytes_accessed=0, transcendentals=0),
+        vmem=limit,
+    )
+
+
+def test_what_overflows_vmem_is_refused_by_our_message():
+    blocks((512, 1024), (512, 1024), limit=8 << 20)  # two of 2 MiB, two of each
+    with pytest.raises(
+        NotImplementedError, match=r"op_forward: its blocks and scratch need 8.0 MiB of VMEM, more than"
+    ):
+        blocks((512, 1024), (512, 1024), limit=(8 << 20) - 1)
+    with pytest.raises(NotImplementedError, match="take smaller tiles or narrower heads"):
+        blocks((8, 128), (8, 128), limit=mosaic_tpu.MOST + 1)
+
+
+@pytest.mark.parametrize("op", ["linear_attention", "delta_rule", "attention"])
+def test_heads_too_wide_for_vmem_are_refused_by_our_message(op):
+    """Before Mosaic's, which comes only when the whole model is compiled."""
+    if op not in OPS:
+        pytest.skip(f"{op} has no TPU kernel")
+    function = getattr(importlib.import_module(f"kernels_pallas.{op}"), op)
+    q = jax.ShapeDtypeStruct((1, 512, 1, WIDE), jnp.bfloat16)
+    more = [jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)] if op == "delta_rule" else []
+    options = {"causal": True} if op == "attention" else {}
+    call = functools.partial(function, implementation="pallas_tpu", **options)
+    with dispatch.target("tpu", "TPU v5 lite"), pytest.raises(NotImplementedError, match=r"VMEM|wide"):
+        jax.eval_shape(call, q, q, q, *more)
