@@ -93,8 +93,10 @@ def call(
             near = difflib.get_close_matches(implementation, implementations, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise KeyError(f"{op} has no implementation {implementation!r}, only {sorted(implementations)}{hint}")
-        with _for(KERNELS.get(implementation)):
-            return run.named(implementation, args, kwargs)
+        if implementation in KERNELS or platform() is not None:
+            with _for(KERNELS.get(implementation)):
+                return run.named(implementation, args, kwargs)
+        auto = {EVERYWHERE: (implementation,)}
     if not isinstance(auto, Mapping):
         return run.first(auto, args, kwargs)
     known = platform()
@@ -110,10 +112,13 @@ def call(
                 filled[n] = array
             inner_args, inner_kwargs = jax.tree.unflatten(tree, filled)
             with _for(name):
+                if implementation is not None:
+                    return run.named(implementation, inner_args, inner_kwargs)
                 return run.first(names, inner_args, inner_kwargs)
 
         return body
 
+    auto = {"cpu": auto[EVERYWHERE], **auto}  # a form may differ on a CPU: it asks for the platform
     branches = {name: branch(name, names) for name, names in auto.items()}
     return jax.lax.platform_dependent(*(leaves[n] for n in traced), **branches)
 
