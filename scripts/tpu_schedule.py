@@ -70,10 +70,12 @@ def main() -> int:
         print_result(result)
         found.append(result)
     print(f"{len(found)} passes in {time.perf_counter() - start:.0f} s")
-    failed = any("error" in result for result in found)
+    refused = [result for result in found if "error" in result]
     kept = [result for result in found if result.get("record", True)]
-    if options.record and not failed:
-        record(kept)
+    print("".join(f"refused: {key(result)}\n" for result in refused), end="")
+    failed = bool(refused)
+    if options.record:
+        record([result for result in kept if "error" not in result])
     if options.check:
         slower = compare(kept, json.loads(TABLE.read_text()))
         print("\n".join(slower) or f"none of {len(found)} passes grew by more than {GROWTH:.0%}")

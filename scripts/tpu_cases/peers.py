@@ -18,6 +18,10 @@ TILES = ((1024, 1024, 512), (1024, 1024, 1024))
 BEST: dict[tuple[str, str], tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     ("splash bf16 4x4096x16x128 causal", "TPU v5 lite"): ((1024, 1024, 256), (1024, 1024, 1024)),
     ("splash bf16 4x4096x16x128 causal", "TPU v6 lite"): ((1024, 1024, 512), (1024, 1024, 1024)),
+    ("splash bf16 1x32768x16x128 window 1024", "TPU v5 lite"): ((512, 512, 512), (512, 512, 512)),
+    ("splash bf16 1x32768x16x128 window 1024", "TPU v6 lite"): ((512, 512, 512), (512, 512, 512)),
+    ("splash bf16 4x4096x16x64 causal", "TPU v5 lite"): ((1024, 1024, 512), (1024, 1024, 1024)),
+    ("splash bf16 4x4096x16x64 causal", "TPU v6 lite"): ((1024, 1024, 512), (1024, 1024, 1024)),
 }
 
 
