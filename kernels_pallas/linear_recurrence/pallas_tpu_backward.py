@@ -59,7 +59,7 @@ def backward(a, h, state, dh, dlast, plan):
         out_shape=shapes + [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in h] + [small] * planes,
         scratch_shapes=[pltpu.VMEM((ROWS, plan.channels), jnp.float32)] * (2 * planes),
         semantics=SEMANTICS,
-        cost=cost(a, h, passes=2),
+        cost=cost(a, h, backward=True),
         interpret=plan.interpret,
         dtypes=[x.dtype for x in flat],
     )(*flat)

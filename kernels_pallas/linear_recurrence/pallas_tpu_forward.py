@@ -4,6 +4,7 @@ Grid: (batch, tiles of channels, tiles of time), time last and in order. The sta
 read once and h is written once; a time-invariant a stays [D].
 """
 
+import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import mosaic_tpu
+from kernels_pallas import costs, mosaic_tpu
 from kernels_pallas.linear_recurrence.pallas_tpu_rows import (
     GROUP,
     ROWS,
@@ -70,18 +71,20 @@ def forward(a, b, state, plan):
         + [jax.ShapeDtypeStruct((batch, 1, width), jnp.float32)] * planes,
         scratch_shapes=[pltpu.VMEM((ROWS, plan.channels), jnp.float32)] * planes,
         semantics=SEMANTICS,
-        cost=cost(a, b, passes=1),
+        cost=cost(a, b, backward=False),
         interpret=plan.interpret,
         dtypes=[x.dtype for x in (*a, *b, *state)],
     )(*((x[None] for x in a) if constant else a), *b, *(x[:, None] for x in state))
     return tuple(out[:planes]), tuple(x[:, 0] for x in out[planes:])
 
 
-def cost(a, b, *, passes):
-    """passes: 1 forward, 2 backward."""
-    planes = len(b)
-    moved = sum(x.size * x.dtype.itemsize for x in (*a, *b)) * passes + sum(x.size * x.dtype.itemsize for x in b)
-    return pl.CostEstimate(flops=2 * passes * planes**2 * b[0].size, bytes_accessed=moved, transcendentals=0)
+def cost(a, b, *, backward: bool) -> pl.CostEstimate:
+    """A time-invariant a, and da, is not moved once a token."""
+    each = costs.linear_recurrence(
+        b[0].size, b[0].size // b[0].shape[1], itemsize=4, is_complex=len(b) == 2, backward=backward
+    )
+    moved = costs.nbytes(*a, *b) * (2 if backward else 1) + costs.nbytes(*b)
+    return dataclasses.replace(each, bytes=moved).estimate()
 
 
 def _forward_kernel(plan, planes, constant, length, count, *refs):

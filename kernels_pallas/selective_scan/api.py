@@ -8,10 +8,26 @@ from jaxtyping import Array, Bool, Float
 
 from kernels_pallas import dispatch
 from kernels_pallas.selective_scan.chunked import selective_scan_chunked
+from kernels_pallas.selective_scan.pallas_tpu import selective_scan_tpu
 from kernels_pallas.selective_scan.ref import selective_scan_ref
+from kernels_pallas.sharded import Axes
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"ref": selective_scan_ref, "chunked": selective_scan_chunked}
-AUTO = ("chunked",)  # in order of preference
+
+def _with_skip(scan: Callable[..., Any]) -> Callable[..., Any]:
+    def run(u, delta, A, B, C, D, state, reset):
+        y, state = scan(u, delta, A, B, C, state, reset)
+        return y if D is None else y + D.astype(jnp.float32) * u, state
+
+    return run
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "ref": _with_skip(selective_scan_ref),
+    "chunked": _with_skip(selective_scan_chunked),
+    "pallas_tpu": selective_scan_tpu,
+}
+AUTO = {"tpu": ("pallas_tpu", "chunked"), "default": ("chunked",)}  # in order of preference
+AXES = Axes(("B.H", "B.H", "H.", "B..", "B..", "H", "BH.", "B."), ("B.H", "BH."))
 
 
 def selective_scan(
@@ -41,7 +57,7 @@ def selective_scan(
       D: weight of the skip connection; None is 0.
       state: h_0 in float32, zeros if None. One step of T is one token.
       reset: True where the state is forgotten before the token is read: the first token of a packed sequence.
-      implementation: a key of IMPLEMENTATIONS; None takes the first in AUTO that does not refuse.
+      implementation: a key of IMPLEMENTATIONS; None takes the first of AUTO's, for the platform, that does not refuse.
 
     Returns:
       y in the dtype of u, and h_T in float32 (h_0 if T = 0). Sums run in float32 whatever the inputs.
@@ -66,11 +82,13 @@ def selective_scan(
         raise ValueError(f"selective_scan: state {state.shape} must be {(batch, width, size)}")
     A, state = A.astype(jnp.float32), state.astype(jnp.float32)
     if 0 in u.shape or size == 0:
-        y = jnp.zeros(u.shape, jnp.float32)
-    else:
-        y, state = dispatch.call(
-            "selective_scan", IMPLEMENTATIONS, implementation, AUTO, *(u, delta, A, B, C, state, reset)
-        )
-    if D is not None:
-        y = y + D.astype(jnp.float32) * u
-    return y.astype(u.dtype), state
+        return (jnp.zeros(u.shape) if D is None else D.astype(jnp.float32) * u).astype(u.dtype), state
+    return dispatch.call(
+        "selective_scan",
+        IMPLEMENTATIONS,
+        implementation,
+        AUTO,
+        *(u, delta, A, B, C, D, state, reset),
+        axes=AXES,
+        dtypes=(u.dtype, jnp.float32),
+    )

@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.dispatch import KERNELS
 from kernels_pallas.selective_scan import IMPLEMENTATIONS, selective_scan
 from kernels_pallas.selective_scan.chunked import selective_scan_chunked
 from tests.numerics import rel_rms
 
-OTHERS = sorted(set(IMPLEMENTATIONS) - {"ref"})
+FORMS = sorted(set(IMPLEMENTATIONS) - set(KERNELS))  # kernels have their own tests
+OTHERS = sorted(set(FORMS) - {"ref"})
 
 
 def make_inputs(B, T, D, N, *, state=True, reset=False, dtype="float32", strength=1.0, seed=0):
@@ -56,7 +58,7 @@ def by_loops(u, delta, A, B, C, D=None, state=None, reset=None):
     return y, last
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", FORMS)
 @pytest.mark.parametrize("options", [{}, {"strength": 1e-3, "state": False}, {"reset": True}])
 def test_equals_the_definition(implementation, options):
     arrays = make_inputs(2, 67, 5, 3, **options)
@@ -97,7 +99,7 @@ def test_any_chunks(chunk, parallel):
         assert rel_rms(got[name], want[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", FORMS)
 def test_bfloat16(implementation):
     arrays = make_inputs(2, 101, 8, 7, dtype="bfloat16", strength=0.1)
     got = forward_and_grads(implementation, arrays)
@@ -107,7 +109,7 @@ def test_bfloat16(implementation):
         assert rel_rms(got[name], want[name]) < 1e-2, name
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", FORMS)
 def test_gradient_by_differences(implementation):
     """Against central differences of the definition in float64, along one random direction of each input."""
     arrays = make_inputs(2, 23, 3, 2, strength=0.3)
@@ -125,7 +127,7 @@ def test_gradient_by_differences(implementation):
         assert abs((got["d" + name] * direction).sum() - want) < 1e-4 * abs(want) + 1e-4, name
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", FORMS)
 def test_weak_decay_after_a_strong_one(implementation):
     """A step so large that all before is forgotten (exp(-1000) is 0), then weak decay, as exact as a fresh start."""
     arrays = make_inputs(1, 90, 4, 3, strength=1e-3)
@@ -138,7 +140,7 @@ def test_weak_decay_after_a_strong_one(implementation):
     assert all(np.isfinite(value).all() for value in grads.values())
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", FORMS)
 def test_a_reset_starts_afresh(implementation):
     arrays = make_inputs(2, 60, 4, 3, strength=0.01)
     reset = jnp.zeros((2, 60), bool).at[0, 37].set(True).at[1, 0].set(True)
@@ -153,7 +155,7 @@ def test_a_reset_starts_afresh(implementation):
     assert not np.asarray(gradient).any()  # a reset before the first token forgets the given state
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", FORMS)
 def test_two_halves_equal_the_whole(implementation):
     arrays = make_inputs(2, 100, 5, 3, strength=0.1)
     state, parts = arrays.pop("state"), []
@@ -166,7 +168,7 @@ def test_two_halves_equal_the_whole(implementation):
     assert rel_rms(state, last) < 1e-5
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", FORMS)
 def test_padding_is_inert(implementation):
     """delta = 0 leaves the state as it is; a row of nothing else keeps the given state to the bit."""
     arrays = make_inputs(2, 40, 5, 3)
@@ -179,7 +181,7 @@ def test_padding_is_inert(implementation):
     assert all(np.isfinite(value).all() for value in forward_and_grads(implementation, arrays).values())
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", FORMS)
 def test_empty(implementation):
     arrays = make_inputs(2, 0, 5, 3)
     y, state = selective_scan(**arrays, implementation=implementation)
