@@ -1,15 +1,18 @@
 """Tile sizes of the TPU kernels by device kind and shape, each with its measurement.
 
-Bundles a token and head, bf16, K = V = 128, of the compiler's static schedule (libtpu 0.0.52), whole program over the
-tokens of a grid step; chunk x chunks a step, heads a step. scripts/tpu_schedule.py linear_attention makes them anew.
+Bundles a token and head of the compiler's static schedule (libtpu 0.0.52) at bf16 2x4096x16x128, 512 tokens a grid
+step, from results/kernels/tune.jsonl: chunk / heads a grid step.
 
-                       v5e                                           v6e
-    plain forward      128x4 2: 1.31, 128x4 4: 1.12, 256x2 2: 1.77   128x4 2: 1.49, 256x2 2: 1.23, 256x2 4: 1.02
-    plain backward     128x4 2: 3.04, 128x4 4: 2.98, 256x2 2: 3.99   128x4 2: 2.90, 256x2 2: 2.67
-    head forward       128x4 1: 2.70, 128x4 2: 2.29, 128x4 4: 2.15   128x4 2: 2.21, 128x4 4: 2.09, 256x2 2: 2.08
-    head backward      128x4 1: 5.09, 128x4 4: 4.25                  128x4 2: 5.06, 256x2 2: 4.89
-    channel forward    128x4 2: 4.05                                 128x4 2: 4.08
-    channel backward   128x4 1: 14.4, 128x4 2: 13.8, 64x4 2: 16.3    128x4 2: 13.8
+                      v5e                                        v6e
+    plain forward     128/2 1.51  128/4 1.32  256/2 1.97  256/4 1.79     128/2 1.55  128/4 1.35  256/2 1.29  256/4 1.05
+    plain backward    128/2 3.26  128/4 3.19  256/2 4.21  256/4 4.03     128/2 2.95  128/4 2.64  256/2 2.73  256/4 2.44
+    head forward      128/2 2.49  128/4 2.35  256/2 3.72  256/4 3.50     128/2 2.26  128/4 2.12  256/2 2.13  256/4 1.98
+    head backward     128/2 4.53  128/4 4.44  256/2 7.37  256/4 7.16     128/2 5.08  128/4 4.89  256/2 4.91  256/4 4.43
+    channel forward   128/2 4.29  128/4 4.18  256/2 5.23  256/4 4.94     128/2 4.12  128/4 3.95  256/2 4.03  256/4 3.75
+    channel backward  128/2 13.9  128/4 13.6  256/2 21.5  256/4 21.0     128/2 13.8  128/4 13.6  256/2 16.8  256/4 16.4
+
+More heads hide the latency of one by the work of another; every one adds to the program, so a decay a channel, whose
+program is the longest, takes fewer: the last percent is not worth twice the time to compile.
 """
 
 from typing import Any, NamedTuple
@@ -57,7 +60,7 @@ def choose(
     key_width, value_width = width(keys, count), width(values, count)
     exact = jnp.dtype(dtype) == jnp.float32
     if chunk is None:
-        chunk = 2 * CHUNK if decay is None and not exact and (device or "").startswith(WIDE) else CHUNK
+        chunk = 2 * CHUNK if decay != "channel" and not exact and (device or "").startswith(WIDE) else CHUNK
     chunk = min(chunk, max(16, 1 << (length - 1).bit_length()))
     if step is None:
         step = STEP // 2 if exact and decay == "channel" else STEP
