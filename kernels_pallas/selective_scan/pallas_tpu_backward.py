@@ -52,7 +52,7 @@ def backward(u, delta, A, B, C, D, reset, entries, dy, dlast, plan):
     du, ddelta, dpairs, dA, dD, dstate = mosaic_tpu.call(
         functools.partial(_kernel, plan, size),
         name="selective_scan_backward",
-        grid=(batch, padded // plan.channels, size.count),
+        grid=(batch, padded // plan.channels, size.steps),
         in_specs=[spec[name] for name in ("rows", "rows", "rows", "pairs", "A", "D", "entries", "state")],
         out_specs=[spec[name] for name in ("rows", "rows", "dpairs", "state", "row", "state")],
         out_shape=[
@@ -83,11 +83,11 @@ def backward(u, delta, A, B, C, D, reset, entries, dy, dlast, plan):
 
 
 def _kernel(plan, size, *refs):
-    u_ref, delta_ref, dy_ref, pairs_ref, A_ref, D_ref, entries_ref, dlast_ref, *refs = refs
-    du_ref, ddelta_ref, dpairs_ref, dA_ref, dD_ref, dstate_ref, *refs = refs
-    g_ref, before, u, delta, dy, rate_sums, input_sums, over_tiles = refs
+    u_ref, delta_ref, dy_ref, pairs_ref, A_ref, D_ref, entries_ref, dlast_ref, *rest = refs
+    du_ref, ddelta_ref, dpairs_ref, dA_ref, dD_ref, dstate_ref, *rest = rest
+    g_ref, before, u, delta, dy, rate_sums, input_sums, over_tiles = rest
     step, channels, states = pl.program_id(2), plan.channels, size.states
-    tile = size.count - 1 - step
+    tile = size.steps - 1 - step
     groups = LANES // ROWS
 
     @pl.when(step == 0)

@@ -31,12 +31,12 @@ class Plan(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """length, width: T and D. states: N filled up to whole registers. count: tiles of time."""
+    """length, width: T and D. states: N filled up to whole registers. steps: tiles of time."""
 
     length: int
     width: int
     states: int
-    count: int
+    steps: int
     reset: bool
 
 
@@ -58,7 +58,7 @@ def states_first(x: jax.Array, size: Sizes, plan: Plan) -> jax.Array:
 
 def tokens_last(B, C, reset, size: Sizes, plan: Plan) -> jax.Array:
     """B, C and what a reset leaves, [B, T / 128, 2 N (+ 8), 128]: a token is a lane, small beside u."""
-    length = size.count * plan.tokens
+    length = size.steps * plan.tokens
     parts = [filled(x.swapaxes(1, 2), size.states, length) for x in (B, C)]
     if reset is not None:
         parts.append(jnp.repeat(1 - filled(reset[:, None], 1, length), ROWS, 1))
@@ -68,7 +68,7 @@ def tokens_last(B, C, reset, size: Sizes, plan: Plan) -> jax.Array:
 
 def blocks(size: Sizes, plan: Plan, *, backwards: bool) -> dict[str, pl.BlockSpec]:
     def time(t):
-        return size.count - 1 - t if backwards else t
+        return size.steps - 1 - t if backwards else t
 
     channels, lane_tiles = plan.channels, plan.tokens // LANES
     few = 2 * size.states
@@ -93,11 +93,11 @@ def forward(u, delta, A, B, C, D, state, reset, plan, save):
     rates, entry = states_first(A * LOG2E, size, plan), states_first(state, size, plan)
     arrays = (u, delta, pairs, rates, D[None], entry)
     batch, padded = u.shape[0], entry.shape[2]
-    saved = [jax.ShapeDtypeStruct((batch, size.count, size.states, padded), jnp.float32)] * save
+    saved = [jax.ShapeDtypeStruct((batch, size.steps, size.states, padded), jnp.float32)] * save
     y, last, *entries = mosaic_tpu.call(
         functools.partial(_kernel, plan, size, save),
         name="selective_scan_forward",
-        grid=(batch, padded // plan.channels, size.count),
+        grid=(batch, padded // plan.channels, size.steps),
         in_specs=[spec[name] for name in ("rows", "rows", "pairs", "A", "D", "state")],
         out_specs=[spec[name] for name in ("rows", "state", "entries")[: 2 + save]],
         out_shape=[jax.ShapeDtypeStruct(u.shape, u.dtype), jax.ShapeDtypeStruct(entry.shape, jnp.float32), *saved],
@@ -117,7 +117,8 @@ def forward(u, delta, A, B, C, D, state, reset, plan, save):
 
 
 def cost(u, B, *, backward: bool) -> pl.CostEstimate:
-    each = costs.selective_scan(*u.shape, B.shape[2], itemsize=u.dtype.itemsize, backward=backward)
+    batch, length, width = u.shape
+    each = costs.selective_scan(batch, length, width, B.shape[2], itemsize=u.dtype.itemsize, backward=backward)
     return each.estimate()
 
 
