@@ -1,23 +1,24 @@
 """Searches the tile options of an op's kernels: by static schedule for a TPU, by time on the GPU or CPU at hand.
 
     python scripts/tune_kernel.py OP [--generations v5e v6e ...] [--case TEXT] [--forward | --backward]
-                                     [--set OPTION=VALUE ...] [--time]
+                                     [--set OPTION=VALUE ...]
+    python scripts/tune_kernel.py OP --time [--case TEXT]
 
 Compiles every combination of the options of the op's cases (scripts/tpu_cases/<op>.py) and prints them in order of the
 cycles that bind: the schedule's, or those of the bytes if they are more. --set chunk=128,256 tries these values instead
-of the case's. --time runs the cases on this machine's device instead, the median of rounds. The best of each goes to
-results/kernels/tune.jsonl, which kernels_pallas/<op>/tiles.py cites.
+of the case's. --time runs the cases of scripts/gpu_cases/<op>.py that have options on the device at hand, the median of
+rounds. The best of each goes to results/kernels/tune.jsonl, which kernels_pallas/<op>/tiles.py cites.
 """
 
 import argparse
 import ast
+import importlib
 import importlib.metadata
 import importlib.util
 import itertools
 import json
 import statistics
 import sys
-import time
 from typing import Any
 
 import tpu_compile
@@ -37,19 +38,16 @@ def main() -> int:
     parser.add_argument("--backward", action="store_true", help="the backward pass alone")
     parser.add_argument("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="values to try")
     parser.add_argument("--time", action="store_true", help="run on this machine's device instead")
+    parser.add_argument("--tiny", action="store_true", help="with --time: small shapes, nothing recorded")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     options = parser.parse_args()
     fixed = {key: ast.literal_eval(value) for key, value in (item.split("=", 1) for item in options.set)}
     passes = [p for p in tpu_compile.PASSES if getattr(options, p)] or list(tpu_compile.PASSES)
+    if options.time:
+        return by_time(parser, options)
     cases = [case for case in tpu_compile.cases(options.op) if options.case in case.name and case.options]
     if not cases:
         parser.error(f"no case of {options.op} with options holds {options.case!r}")
-    if options.time:
-        for case in cases:
-            for which in passes:
-                if which == "forward" or case.backward:
-                    report(timed(options.op, case, which, fixed))
-        return 0
     if reason := tpu_compile.missing():
         print(f"tune_kernel: {reason}", file=sys.stderr)
         return 2
@@ -73,6 +71,16 @@ def main() -> int:
     return 0
 
 
+def by_time(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    module = importlib.import_module(f"gpu_cases.{options.op}")
+    cases = [case for case in module.CASES if options.case in case.name and case.tune]
+    if not cases:
+        parser.error(f"no case of scripts/gpu_cases/{options.op}.py that holds {options.case!r} has options to tune")
+    for case in cases:
+        report(timed(options.op, case, options.tiny), record=not options.tiny)
+    return 0
+
+
 def job_key(job: dict[str, Any]) -> str:
     return tpu_schedule.key({**job, "pass": job["passes"][0]})
 
@@ -87,7 +95,7 @@ def cost(row: dict[str, Any]) -> float:
     return row["milliseconds"] if "milliseconds" in row else max(row["bundles"], row["bytes_floor"])
 
 
-def report(rows: list[dict[str, Any]]) -> None:
+def report(rows: list[dict[str, Any]], record: bool = True) -> None:
     """Prints a case's combinations, the best first, and records them."""
     ran = sorted((row for row in rows if "error" not in row), key=lambda row: (cost(row), row.get("bundles", 0)))
     print(tpu_schedule.key(rows[0]), flush=True)
@@ -97,7 +105,7 @@ def report(rows: list[dict[str, Any]]) -> None:
     refused = [row for row in rows if "error" in row]
     for row in refused:
         print(f"  {'refused':20} {words(row['options'])}: {row['error'][:160]}", flush=True)
-    if not ran:
+    if not ran or not record:
         return
     keep = ("op", "case", "generation", "pass")
     figure = "milliseconds" if "milliseconds" in ran[0] else "bundles"
@@ -127,34 +135,23 @@ def provenance() -> dict[str, Any]:
     return {**origin(), "versions": {name: importlib.metadata.version(name) for name in names}}
 
 
-def timed(op: str, case: Any, which: str, fixed: dict[str, Any], rounds: int = 5) -> list[dict[str, Any]]:
+def timed(op: str, case: Any, tiny: bool, rounds: int = 5) -> list[dict[str, Any]]:
     """Milliseconds of each combination on this machine's device."""
+    import dataclasses
+
+    import gpu_cases
     import jax
-    import jax.numpy as jnp
-    import numpy as np
 
-    device = jax.devices()[0]
-    rng = np.random.default_rng(0)
-
-    def fill(shape):
-        if jnp.issubdtype(shape.dtype, jnp.inexact):
-            return jnp.asarray(rng.standard_normal(shape.shape, np.float32) * 0.1, shape.dtype)
-        return jnp.zeros(shape.shape, shape.dtype)
-
+    side = next(iter(case.sides.values()))
+    which = "backward" if case.backward else "forward"
     rows = []
-    for options in combinations(case, fixed):
-        row = {"op": op, "case": case.name, "generation": device.device_kind, "pass": which, "options": options}
+    for chosen in itertools.product(*case.tune.values()):
+        options = dict(zip(case.tune, chosen))
+        row = {"op": op, "case": case.name, "generation": jax.devices()[0].device_kind, "pass": which}
+        row["options"] = options
         try:
-            function, shapes = tpu_compile.program(case, which, **options)
-            arguments = jax.tree.map(fill, shapes)
-            step = jax.jit(function).lower(*arguments).compile()
-            jax.block_until_ready(step(*arguments))
-            seconds = []
-            for _ in range(rounds):
-                start = time.perf_counter()
-                jax.block_until_ready(step(*arguments))
-                seconds.append(time.perf_counter() - start)
-            row["milliseconds"] = 1e3 * statistics.median(seconds)
+            measure, _ = gpu_cases.jax_timer(dataclasses.replace(case, options=options), side, tiny)
+            row["milliseconds"] = statistics.median(measure() for _ in range(rounds))
         except NotImplementedError as refusal:
             row["error"] = str(refusal)
         rows.append(row)

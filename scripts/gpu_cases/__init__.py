@@ -49,6 +49,7 @@ class Case:
     goal: str = ""
     tolerance: float | None = 2e-2  # relative RMS of the results between sides; None: the sides do different work
     options: dict[str, Any] = field(default_factory=dict)
+    tune: dict[str, Sequence[Any]] = field(default_factory=dict)  # options of the first side to try, by name
 
 
 def draw(arrays: Sequence[Array], seed: int = 0) -> list[Any]:

@@ -11,6 +11,20 @@ def ours(**options):
     return lambda *arrays: linear_attention(*arrays, **options)[0]
 
 
+def chunked(**options):
+    """The XLA form with its tiles given."""
+    import jax.numpy as jnp
+
+    from kernels_pallas.linear_attention.chunked import linear_attention_chunked
+
+    def run(q, k, v, g):
+        batch, _, heads, width = q.shape
+        state = jnp.zeros((batch, heads, width, v.shape[-1]), jnp.float32)
+        return linear_attention_chunked(q, k, v, g, state, **options)[0].astype(v.dtype)
+
+    return run
+
+
 def retention(**options):
     """RetNet's decays, one a head, as flash-linear-attention has them."""
     import jax.numpy as jnp
@@ -47,7 +61,7 @@ def inputs(shape, gate=None):
     return [Array(shape, "unit"), Array(shape, "unit"), Array(shape), *gates[gate]]
 
 
-def case(name, shape, ours, theirs, gate=None, backward=False, goal=""):
+def case(name, shape, ours, theirs, gate=None, backward=False, goal="", tune=None):
     tokens, width = shape[0] * shape[1] * shape[2], shape[3]
     chunk = 128
     flops = tokens * (4 * chunk * width + 4 * width * width) * (3.25 if backward else 1)
@@ -63,10 +77,12 @@ def case(name, shape, ours, theirs, gate=None, backward=False, goal=""):
         flops=flops,
         bytes=moved,
         goal=goal,
+        tune=tune or {},
     )
 
 
 LONG, SHORT = (2, 16384, 16, 128), (4, 4096, 16, 128)
+GATES = ("head", "channel")
 CASES = [
     *(
         case("retention", LONG, retention, {"fla": fla_retention}, backward=b, goal=">= 1 (0.42 ms)")
@@ -75,4 +91,5 @@ CASES = [
     *(case("decay a head", LONG, ours, {"fla": fla_simple_gla}, "head", b) for b in (False, True)),
     *(case("decay a channel", SHORT, ours, {"fla": fla_gla}, "channel", b) for b in (False, True)),
     case("retention, XLA alone", LONG, functools.partial(retention, implementation="chunked"), {"fla": fla_retention}),
+    *(case(f"chunks, decay a {g}", SHORT, chunked, {}, g, True, tune={"chunk": (64, 128, 256)}) for g in GATES),
 ]
