@@ -11,7 +11,7 @@ from kernels_pallas.delta_rule import tiles
 from kernels_pallas.delta_rule.pallas_tpu_backward import backward
 from kernels_pallas.delta_rule.pallas_tpu_chunk import FORGET
 from kernels_pallas.delta_rule.pallas_tpu_forward import forward
-from kernels_pallas.delta_rule.tiles import Plan
+from kernels_pallas.delta_rule.tiles import Plan, Plans
 
 
 def delta_rule_tpu(
@@ -42,15 +42,16 @@ def delta_rule_tpu(
     if length == 0:
         return v, state
     mode = mosaic_tpu.interpreted() if interpret is None else interpret
-    plan = tiles.plan(length, heads, width, v.shape[-1], dtype, log_decay is not None, mode, chunk, units)
-    return _padded(plan, q, k, v, beta, log_decay, state)
+    plans = tiles.plan(length, heads, width, v.shape[-1], dtype, log_decay is not None, mode, chunk, units)
+    return _padded(plans, q, k, v, beta, log_decay, state)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _padded(plan: Plan, q, k, v, beta, log_decay, state):
+def _padded(plans: Plans, q, k, v, beta, log_decay, state):
     """Fills up lengths and widths with zeros, which write nothing, and cuts the results."""
     length, value_width = v.shape[1], v.shape[-1]
-    more = -length % (plan.chunk * plan.per_step)
+    plan = plans.forward
+    more = -length % (plan.chunk * max(each.per_step for each in plans))  # powers of two
     key_more, value_more = plan.key_width - q.shape[-1], plan.value_width - value_width
 
     def fill(x, *ends):
@@ -59,13 +60,13 @@ def _padded(plan: Plan, q, k, v, beta, log_decay, state):
     q, k = (fill(x, 0, more, 0, key_more) for x in (q, k))
     v = fill(v, 0, more, 0, value_more)
     gates = [fill(x.astype(jnp.float32), 0, more, 0) for x in (beta, log_decay) if x is not None]
-    y, last = _delta(plan, q, k, v, gates, fill(state, 0, 0, key_more, value_more))
+    y, last = _delta(plans, q, k, v, gates, fill(state, 0, 0, key_more, value_more))
     return y[:, :length, :, :value_width], last[:, :, : state.shape[2], :value_width]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _delta(plan: Plan, q, k, v, gates, state):
-    return _forward(plan, q, k, v, gates, state, save=False)[:2]
+def _delta(plans: Plans, q, k, v, gates, state):
+    return _forward(plans.forward, q, k, v, gates, state, save=False)[:2]
 
 
 def _forward(plan: Plan, q, k, v, gates, state, save):
@@ -74,12 +75,13 @@ def _forward(plan: Plan, q, k, v, gates, state, save):
     return y.reshape(v.shape), *rest
 
 
-def _save(plan: Plan, q, k, v, gates, state):
-    y, last, states = _forward(plan, q, k, v, gates, state, save=True)
+def _save(plans: Plans, q, k, v, gates, state):
+    y, last, states = _forward(plans.forward, q, k, v, gates, state, save=True)
     return (y, last), (q, k, v, gates, states)
 
 
-def _backward(plan: Plan, saved, cotangents):
+def _backward(plans: Plans, saved, cotangents):
+    plan = plans.backward
     q, k, v, gates, states = saved
     dy, dlast = cotangents
     cost = _cost(plan, q, v, backward=True)

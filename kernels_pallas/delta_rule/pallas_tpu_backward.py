@@ -41,7 +41,7 @@ def backward(plan: Plan, q, k, v, dy, gates, states, dlast, *, cost):
         cost=cost,
         interpret=plan.interpret,
         vmem=plan.vmem,
-        working=plan.backward_working,
+        working=plan.working,
         dtypes=[q.dtype, q.dtype, v.dtype, dy.dtype, jnp.float32, states.dtype, jnp.float32],
     )(q, k, v, dy, gates, states, dlast)
 

@@ -48,7 +48,7 @@ def forward(plan: Plan, q, k, v, gates, state, *, save: bool, cost):
         cost=cost,
         interpret=plan.interpret,
         vmem=plan.vmem,
-        working=plan.forward_working,
+        working=plan.working,
         dtypes=[q.dtype, q.dtype, v.dtype, jnp.float32, jnp.float32],
     )(q, k, v, gates, state)
 

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mosaic_tpu
-from kernels_pallas.delta_rule import delta_rule, pallas_tpu_chunk
+from kernels_pallas.delta_rule import delta_rule, pallas_tpu_chunk, tiles
 from kernels_pallas.delta_rule.pallas_tpu import delta_rule_tpu
 from kernels_pallas.delta_rule.ref import delta_rule_ref
 from tests.kernels_pallas.test_delta_rule import make_inputs
@@ -62,6 +62,14 @@ def test_matches_ref(dtype, decay):
 )
 def test_short(shape, decay, dtype):
     check(make_inputs(*shape, decay=decay, dtype=dtype, seed=shape[1]))
+
+
+def test_passes_group_heads_differently():
+    """Nine heads of a chunk forward, three heads of two chunks backward."""
+    arrays = make_inputs(1, 60, 9, 5, 4, decay=0.1, dtype="bfloat16")
+    forward, backward = tiles.plan(60, 9, 5, 4, jnp.dtype("bfloat16"), True, True, 16)
+    assert (forward.heads, forward.per_step, backward.heads, backward.per_step) == (9, 1, 3, 2)
+    check(arrays, chunk=16)
 
 
 @pytest.mark.exhaustive
