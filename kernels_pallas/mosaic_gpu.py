@@ -117,9 +117,7 @@ def call(
         scratch_types=scratch,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        compiler_params=plgpu.CompilerParams(approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name=name,
         interpret=(interpreted() if interpret is None else interpret) or None,
         **given,

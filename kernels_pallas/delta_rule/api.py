@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas import dispatch
 from kernels_pallas.delta_rule.chunked import delta_rule_chunked
+from kernels_pallas.delta_rule.pallas_gpu import delta_rule_gpu
 from kernels_pallas.delta_rule.pallas_tpu import delta_rule_tpu
 from kernels_pallas.delta_rule.ref import delta_rule_ref
 from kernels_pallas.sharded import Axes
@@ -16,6 +17,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "ref": delta_rule_ref,
     "chunked": delta_rule_chunked,
     "pallas_tpu": delta_rule_tpu,
+    "pallas_gpu": delta_rule_gpu,  # not in AUTO until its time on a GPU is on record
 }
 AUTO = {"tpu": ("pallas_tpu", "chunked"), "default": ("chunked",)}  # by platform, in order of preference
 AXES = Axes(ins=("B.H.", "B.H.", "B.H.", "B.H", "B.H", "BH.."), outs=("B.H.", "BH.."))

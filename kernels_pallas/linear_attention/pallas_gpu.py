@@ -11,8 +11,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from kernels_pallas import costs, dispatch, mosaic_gpu
+from kernels_pallas.gpu_decay import CHUNK, FORGET, decays
 from kernels_pallas.linear_attention.pallas_gpu_backward import backward, need
-from kernels_pallas.linear_attention.pallas_gpu_forward import CHUNK, FORGET, Plan, decays, forward, states_backward
+from kernels_pallas.linear_attention.pallas_gpu_forward import Plan, forward, states_backward
 
 
 def linear_attention_gpu(

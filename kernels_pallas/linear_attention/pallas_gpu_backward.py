@@ -12,7 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import mosaic_gpu
-from kernels_pallas.linear_attention.pallas_gpu_forward import CHUNK, SINCE, UNTIL, Plan, between
+from kernels_pallas.gpu_decay import CHUNK, SINCE, UNTIL, between
+from kernels_pallas.linear_attention.pallas_gpu_forward import Plan
 from kernels_pallas.mosaic_gpu import across, by_row, load, product, tile, transposed
 
 

@@ -10,12 +10,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import mosaic_gpu
-from kernels_pallas.mosaic_gpu import across, by_column, by_row, down, load, product, tile, transposed
+from kernels_pallas.gpu_decay import CHUNK, SINCE, UNTIL, between
+from kernels_pallas.mosaic_gpu import across, by_row, load, product, tile, transposed
 
-CHUNK = 64  # tokens, the rows of a warpgroup's matrix product
 STAGES = 2  # chunks of inputs in shared memory: one is read while the next arrives
-FORGET = -110.0  # exp of this is 0 in float32
-COARSE, FINE, SINCE, UNTIL = range(4)  # rows of `decays`
 
 
 class Plan(NamedTuple):
@@ -136,11 +134,11 @@ def _kernel(*refs, plan: Plan, chunks: int, read: bool, save: bool, reverse: boo
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(s["y_s"], y_ref.at[b, pl.ds(place(i) * CHUNK, CHUNK), h, columns])
         if plan.decay:
-            kept = by_row(rows_s.at[SINCE if reverse else UNTIL])
+            kept, total = by_row(rows_s.at[SINCE if reverse else UNTIL]), rows_s[SINCE, CHUNK - 1]
             values = load(v_s).astype(jnp.float32)
             s["scaled_s"][...] = (values * across(kept, values.shape)).astype(dtype)
-            plgpu.commit_smem()
-            state = state * rows_s[SINCE, CHUNK - 1] + product(shape, (transposed(k_s), s["scaled_s"]))
+            plgpu.commit_smem()  # after the last read of this chunk's arrays: the next ones overwrite them
+            state = state * total + product(shape, (transposed(k_s), s["scaled_s"]))
         else:
             state = state + product(shape, (transposed(k_s), v_s))
 
@@ -155,30 +153,3 @@ def _kernel(*refs, plan: Plan, chunks: int, read: bool, save: bool, reverse: boo
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(s["state_s"], last_ref.at[b, h, :, columns])
     plgpu.wait_smem_to_gmem(0)
-
-
-def between(rows_s):
-    """[t s]: exp(g_{s+1} + ... + g_t) where s <= t, else 0; without a decay 1 and 0."""
-    shape = (CHUNK, CHUNK)
-    visible = mosaic_gpu.numbers(shape, 0) >= mosaic_gpu.numbers(shape, 1)
-    if rows_s is None:
-        return jnp.where(visible, 1.0, 0.0)
-    coarse = across(by_row(rows_s.at[COARSE]), shape) - down(by_column(rows_s.at[COARSE]), shape)
-    fine = across(by_row(rows_s.at[FINE]), shape) - down(by_column(rows_s.at[FINE]), shape)
-    return jnp.exp(jnp.where(visible, coarse + fine, FORGET))
-
-
-def decays(g):
-    """What the kernels read of g [B T H]: sums since the start of a chunk in two parts, coarse and fine, and exp of the
-    sums since the start and until the end, [B N H 4 C].
-
-    The difference of two sums since the start would lose a weak decay behind a strong one. So g is cut into multiples
-    of 2^-6, whose sums and differences are exact in float32 up to 2^18 in size, and what is left, at most 2^-7 each,
-    whose sums are too small to lose anything. FORGET for each of a chunk's tokens is 7040.
-    """
-    batch, length, heads = g.shape
-    g = g.astype(jnp.float32).reshape(batch, -1, CHUNK, heads).swapaxes(2, 3)  # [B N H C]
-    coarse = jnp.round(g * 64.0) / 64.0
-    coarse, fine = jnp.cumsum(coarse, -1), jnp.cumsum(g - coarse, -1)
-    until = (coarse[..., -1:] - coarse) + (fine[..., -1:] - fine)
-    return jnp.stack([coarse, fine, jnp.exp(coarse + fine), jnp.exp(until)], -2)
