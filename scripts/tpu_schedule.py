@@ -172,7 +172,7 @@ def measure(case: Any, which: str, device: Any, dump: Path, generation: str, opt
     kernels = {}
     for name, files in programs.items():
         parts = [tpu_dump.read(name, *pair, shares.get(name, ()), case.turns.get(name, ())) for pair in files]
-        times = max(1.0, calls[name] / len(parts))  # a loop around a kernel
+        times = calls[name]
         first, cycles = parts[0], times * sum(part.cycles for part in parts)
         kernels[name] = {
             "bundles": cycles / case.per,
