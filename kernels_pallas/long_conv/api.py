@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from kernels_pallas import dispatch
 from kernels_pallas.long_conv.direct import long_conv_direct
 from kernels_pallas.long_conv.fft import long_conv_fft
+from kernels_pallas.long_conv.pallas_tpu import long_conv_tpu
 from kernels_pallas.long_conv.ref import long_conv_ref
 from kernels_pallas.sharded import Axes
 
@@ -16,6 +17,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "ref": long_conv_ref,
     "direct": long_conv_direct,
     "fft": long_conv_fft,
+    "pallas_tpu": long_conv_tpu,
 }
 # in order of preference; direct refuses filters past the measured crossover, fft differs on a CPU
 AUTO = {"cpu": ("direct", "fft"), "default": ("direct", "fft")}

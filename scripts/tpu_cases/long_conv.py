@@ -1,0 +1,22 @@
+"""Long convolution: Hyena's channels, at lengths up to the longest of the kernel."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.long_conv.pallas_tpu import long_conv_tpu
+from scripts.tpu_cases import Case
+
+
+def _case(dtype, batch, length, width):
+    arrays = jax.ShapeDtypeStruct((batch, length, width), dtype), jax.ShapeDtypeStruct((length, width), jnp.float32)
+
+    def function(x, filter, *, channels=8):
+        return long_conv_tpu(x, filter, channels=channels)
+
+    name = f"{'bf16' if dtype == jnp.bfloat16 else 'fp32'} {batch}x{length}x{width}"
+    size, taps = batch * length * width * jnp.dtype(dtype).itemsize, length * width * 4
+    options = {"channels": (2, 4, 8, 16)}
+    return Case(name, function, arrays, batch * length * width / 1024, 2 * size + taps, 3 * size + 2 * taps, options)
+
+
+CASES = [_case(jnp.bfloat16, 4, 4096, 768), _case(jnp.float32, 4, 4096, 768), _case(jnp.bfloat16, 2, 8192, 768)]
