@@ -91,12 +91,18 @@ def run(jobs: list[dict[str, Any]], at_once: int) -> Iterator[dict[str, Any]]:
     """Yields the results of jobs as they come, from a few processes: the compiler reads where to dump but once each."""
     lots = [jobs[n::at_once] for n in range(at_once)]
     children = [_Child(lot) for lot in lots if lot]
-    while children:
-        for child in list(children):
-            yield from child.read()
-            if child.done():
-                children.remove(child)
-        time.sleep(0.05)
+    try:
+        while children:
+            for child in list(children):
+                yield from child.read()
+                if child.done():
+                    children.remove(child)
+            time.sleep(0.05)
+    finally:
+        for child in children:  # the caller has stopped
+            child.process.terminate()
+            child.process.wait()
+            child.folder.cleanup()
 
 
 class _Child:

@@ -19,10 +19,15 @@ BEST: dict[tuple[str, str], tuple[tuple[int, int, int], tuple[int, int, int]]] =
     ("splash bf16 4x4096x16x128 causal", "TPU v5 lite"): ((1024, 1024, 256), (1024, 1024, 1024)),
     ("splash bf16 4x4096x16x128 causal", "TPU v6 lite"): ((1024, 1024, 512), (1024, 1024, 1024)),
     ("splash bf16 1x32768x16x128 window 1024", "TPU v5 lite"): ((512, 512, 512), (512, 512, 512)),
-    ("splash bf16 1x32768x16x128 window 1024", "TPU v6 lite"): ((512, 512, 512), (512, 512, 512)),
+    ("splash bf16 1x32768x16x128 window 1024", "TPU v6 lite"): ((512, 512, 512), (1024, 1024, 1024)),
     ("splash bf16 4x4096x16x64 causal", "TPU v5 lite"): ((1024, 1024, 512), (1024, 1024, 1024)),
     ("splash bf16 4x4096x16x64 causal", "TPU v6 lite"): ((1024, 1024, 512), (1024, 1024, 1024)),
 }
+
+
+def one_kernel(fused, window):
+    """Whether dq is computed beside dk and dv: best without a window, whose partial dq would be mostly zeros."""
+    return window is None if fused is None else fused
 
 
 def tiles(name, kind, block_q, block_kv, compute):
@@ -31,7 +36,7 @@ def tiles(name, kind, block_q, block_kv, compute):
     return [tuple(new or old for new, old in zip(given, best)) for best in BEST.get((name, kind or ""), TILES)]
 
 
-def splash(q, k, v, *, window, name, block_q=None, block_kv=None, compute=None, fused=True):
+def splash(q, k, v, *, window, name, block_q=None, block_kv=None, compute=None, fused=None):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -39,6 +44,7 @@ def splash(q, k, v, *, window, name, block_q=None, block_kv=None, compute=None, 
     if inner > columns or backward[2] > backward[1]:
         raise NotImplementedError(f"compute {inner} exceeds block_kv {columns}")
     length, heads = q.shape[2], q.shape[1]
+    fused = one_kernel(fused, window)
     one = masks.CausalMask((length, length))
     if window is not None:
         one = masks.LocalMask((length, length), (window - 1, 0), 0)
@@ -57,7 +63,7 @@ def splash(q, k, v, *, window, name, block_q=None, block_kv=None, compute=None, 
     return jax.vmap(attend)(q, k, v)
 
 
-def shares(*, name, length, heads, window, block_q=None, block_kv=None, compute=None, fused=True):
+def shares(*, name, length, heads, window, block_q=None, block_kv=None, compute=None, fused=None):
     """Of the grid's steps, those whose tile has a visible pair: the grid is as wide as the fullest row (or column)."""
     forward, backward = tiles(name, dispatch.device_kind(), block_q, block_kv, compute)
 
@@ -72,6 +78,7 @@ def shares(*, name, length, heads, window, block_q=None, block_kv=None, compute=
         width = seen.sum(1).max()
         return seen.sum() / (len(seen) * width), 1 / width, 1 / width  # the tiles; what begins and ends a row
 
+    fused = one_kernel(fused, window)
     across = visible(*backward[:2])
     tall = len(across) if fused else across.sum(0).max()
     columns = (across.sum() / (across.shape[1] * tall), 1 / (heads * tall), 1 / (heads * tall))
