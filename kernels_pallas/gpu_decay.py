@@ -29,7 +29,7 @@ def decays(g):
     """What the kernels read of g [B T H]: sums since the start of a chunk in two parts, coarse and fine, and exp of the
     sums since the start and until the end, [B N H 4 C].
     """
-    batch, length, heads = g.shape
+    batch, _, heads = g.shape
     g = g.astype(jnp.float32).reshape(batch, -1, CHUNK, heads).swapaxes(2, 3)  # [B N H C]
     coarse = jnp.round(g * 64.0) / 64.0
     coarse, fine = jnp.cumsum(coarse, -1), jnp.cumsum(g - coarse, -1)

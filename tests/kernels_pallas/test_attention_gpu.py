@@ -1,4 +1,4 @@
-"""The GPU kernels of attention: by interpretation against the reference, and lowered to a CUDA module; cuDNN's refusals.
+"""The GPU kernels of attention: interpreted against the reference, and lowered to a CUDA module; cuDNN's refusals.
 
 cuDNN itself cannot be run or lowered here.
 """
