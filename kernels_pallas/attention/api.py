@@ -10,11 +10,25 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import dispatch
 from kernels_pallas.attention.chunked import attention_chunked
+from kernels_pallas.attention.cudnn import attention_cudnn
+from kernels_pallas.attention.pallas_gpu import attention_gpu
+from kernels_pallas.attention.pallas_tpu import attention_tpu
 from kernels_pallas.attention.ref import attention_ref
 from kernels_pallas.sharded import Axes
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"ref": attention_ref, "chunked": attention_chunked}
-AUTO = {"cpu": ("chunked",), "default": ("chunked",)}  # in order of preference; chunked differs on a CPU
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "ref": attention_ref,
+    "chunked": attention_chunked,
+    "pallas_tpu": attention_tpu,
+    "pallas_gpu": attention_gpu,  # not in AUTO until its time on a GPU is on record
+    "cudnn": attention_cudnn,
+}
+AUTO = {  # by platform, in order of preference; chunked differs on a CPU
+    "tpu": ("pallas_tpu", "chunked"),
+    "cpu": ("chunked",),
+    "cuda": ("cudnn", "chunked"),
+    "default": ("chunked",),
+}
 
 Window = tuple[int | None, int | None]
 Pair = tuple[Array, Array]
@@ -79,6 +93,8 @@ def attention(  # type: ignore[misc]  # the options of the overloads are those b
         raise ValueError(f"attention: causal needs at least as many keys as queries, got T={queries} and S={keys}")
     if return_lse and activation != "softmax":
         raise ValueError("attention: return_lse needs activation='softmax'; the sigmoid has no normaliser")
+    if return_lse and implementation == "cudnn":
+        raise NotImplementedError("attention: return_lse: cuDNN's lse has no gradient; use another implementation")
     if activation not in ("softmax", "sigmoid"):
         raise ValueError(f"attention: activation must be 'softmax' or 'sigmoid', got {activation!r}")
     left, right = _window(window, causal)
@@ -104,7 +120,7 @@ def attention(  # type: ignore[misc]  # the options of the overloads are those b
             "attention",
             IMPLEMENTATIONS,
             implementation,
-            AUTO,
+            AUTO | {"cuda": ("chunked",)} if return_lse else AUTO,
             *(q, k, v, bias, keep, q_segments, k_segments),
             window=(left, right),
             block_mask=block_mask,

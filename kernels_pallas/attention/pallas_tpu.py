@@ -5,11 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas import costs, mosaic_tpu
+from kernels_pallas import costs, dispatch, mosaic_tpu
 from kernels_pallas.attention import tiles_tpu
-from kernels_pallas.attention.pallas_tpu_backward import backward, fused
+from kernels_pallas.attention.pallas_tpu_backward import backward, fused, products
 from kernels_pallas.attention.pallas_tpu_forward import forward
 from kernels_pallas.attention.pallas_tpu_table import NONE, classify
 from kernels_pallas.attention.pallas_tpu_tile import LOG2E
@@ -66,6 +67,7 @@ def attention_tpu(
         forward=forward,
         backward=backward,
         interpret=mosaic_tpu.interpreted() if interpret is None else interpret,
+        kind=dispatch.device_kind(),
     )
     y, lse = _padded(plan, q, k, v, keep, q_segments, k_segments)
     return y.astype(v.dtype), lse
@@ -115,10 +117,10 @@ def _flat(plan: Plan, sizes: Sizes, q, k, v, marks):
 
 
 def _forward(plan: Plan, q, k, v, marks):
-    y, lse = forward(plan, *_flat(plan, plan.forward, q, k, v, marks), cost=_cost(plan, q, v, False))
-    y = y[:, : plan.queries].reshape(*q.shape[:3], v.shape[-1])
+    flat, lse = forward(plan, *_flat(plan, plan.forward, q, k, v, marks), cost=_cost(plan, q, v, False))
+    flat = flat[:, : plan.queries]
     lse = None if lse is None else lse[..., : plan.queries]
-    return (y, lse), (q, k, v, marks, y, lse)
+    return (flat.reshape(*q.shape[:3], v.shape[-1]), lse), (q, k, v, marks, flat, lse)
 
 
 def _backward(plan: Plan, saved, cotangents):
@@ -126,13 +128,15 @@ def _backward(plan: Plan, saved, cotangents):
     dy, dlse = cotangents
     arrays = _flat(plan, plan.backward, q, k, v, marks)
     more = arrays[0].shape[1] - plan.queries
+    dy = _fill(dy.reshape(y.shape), 1, more)
     delta = None
     if lse is not None:
         empty = lse == -jnp.inf
-        delta = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1).swapaxes(1, 2)[:, :, None]
-        delta = _fill(delta - jnp.where(empty, 0.0, dlse), 3, more)
+        reads = pl.CostEstimate(
+            flops=2 * y.size, bytes_accessed=2 * y.size * y.dtype.itemsize + 4 * lse.size, transcendentals=0
+        )
+        delta = products(plan, _fill(y, 1, more), dy, cost=reads) - _fill(jnp.where(empty, 0.0, dlse), 3, more)
         lse = _fill(jnp.where(empty, jnp.inf, lse * LOG2E), 3, more, jnp.inf)
-    dy = _fill(dy.reshape(*dy.shape[:2], -1), 1, more)
     cost = _cost(plan, q, v, True)
     dq, dk, dv = backward(plan, *arrays[:3], dy, lse, delta, *arrays[3:], cost=cost)
     grads = (g[:, : x.shape[1]].reshape(x.shape) for g, x in ((dq, q), (dk, k), (dv, v)))

@@ -33,6 +33,35 @@ def backward(plan: Plan, q, k, v, dy, lse, delta, q_marks, k_marks, *, cost):
     return dq, dk, dv
 
 
+def products(plan: Plan, y, dy, *, cost):
+    """y_t . dy_t of each head, [B T H*V] -> [B H 1 T]: here, as XLA would lay both out anew to sum over V."""
+    sizes = plan.backward
+    rows = pl.BlockSpec((1, sizes.rows, plan.value_width), lambda b, h, n: (b, n, h))
+    return mosaic_tpu.call(
+        functools.partial(_products, plan),
+        name="attention_backward_products",
+        grid=(y.shape[0], plan.heads // plan.pack, y.shape[1] // sizes.rows),
+        in_specs=[rows, rows],
+        out_specs=pl.BlockSpec((1, plan.pack, 1, sizes.rows), lambda b, h, n: (b, h, 0, n)),
+        out_shape=jax.ShapeDtypeStruct((y.shape[0], plan.heads, 1, y.shape[1]), jnp.float32),
+        semantics=("parallel",) * 3,
+        cost=cost,
+        interpret=plan.interpret,
+        dtypes=(y.dtype, dy.dtype),
+    )(y, dy)
+
+
+def _products(plan, y_ref, dy_ref, out_ref):
+    both = y_ref[0].astype(jnp.float32) * dy_ref[0].astype(jnp.float32)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (8, plan.value_width), 1)
+    each = plan.value_width // plan.pack
+    head = jax.lax.broadcasted_iota(jnp.int32, lane.shape, 0) * each
+    mine = jnp.where((lane >= head) & (lane < head + each), 1.0, 0.0)
+    sums = tile.product(mine, both, (1, 1))  # [8 R], a row a head
+    for p in range(plan.pack):
+        out_ref[0, p] = sums[p : p + 1]
+
+
 def _call(plan, for_rows, for_columns, name, given, cost):
     """for_rows: makes dq; for_columns: makes dk and dv."""
     q, k, v, dy, lse, delta, q_marks, k_marks = given

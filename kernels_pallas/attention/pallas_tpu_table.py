@@ -76,10 +76,11 @@ def classify(plan: Plan, sizes: Sizes) -> tuple[Int[np.ndarray, "J I N"], tuple[
     if left is not None:
         seen, whole = seen & (high >= -left), whole & (low >= -left)
     if right is not None:
-        seen, whole = seen & (low <= right), whole & (high <= right)
+        behind = start[None] + sizes.columns - 1 - (first[:, None] + shift)  # with the keys made up to fill the tile
+        seen, whole = seen & (low <= right), whole & (behind <= right)
     by_window = seen & ~whole
     tail = start + sizes.columns > plan.keys
-    if right is not None and right <= 0:  # keys made up are behind all queries
+    if right is not None and right <= 0:  # keys made up are behind all queries: masked as such
         tail = np.zeros_like(tail)
     other = np.broadcast_to(tail[None] | plan.marked, low.shape)
     seen, by_window, other = (np.repeat(x[None], plan.sets, 0) for x in (seen, by_window, other))

@@ -54,16 +54,28 @@ class Plan:
 
 
 def plan(
-    shape, dtype, *, window, block_mask, marked, scale, activation, forward=None, backward=None, interpret=False
+    shape,
+    dtype,
+    *,
+    window,
+    block_mask,
+    marked,
+    scale,
+    activation,
+    forward=None,
+    backward=None,
+    interpret=False,
+    kind=None,
 ) -> Plan:
-    """shape: T, S, H, G, K, V; forward, backward: Sizes as tuples, the measured ones if None."""
+    """shape: T, S, H, G, K, V; forward, backward: Sizes as tuples, the measured ones if None; kind: of device."""
     queries, keys, heads, groups, width, value_width = shape
     pack = 1  # two heads of 64 fill a block, where each has key heads of its own
     if width == value_width == LANES // 2 and groups == heads and heads % 2 == 0:
         pack = 2 if block_mask is None or len(block_mask) == 1 else 1
     key_width, deep = (-(-n * pack // LANES) * LANES for n in (width, value_width))
+    plain = pack == 1 and key_width == LANES
     chosen = [
-        fit(queries, keys, sizes(dtype, back) if given is None else Sizes(*given))
+        fit(queries, keys, sizes(dtype, plain, back, kind) if given is None else Sizes(*given))
         for given, back in ((forward, False), (backward, True))
     ]
     return Plan(
@@ -86,11 +98,21 @@ def plan(
     )
 
 
-def sizes(dtype, backward: bool) -> Sizes:
-    """The measured tiles; short sequences have them made smaller."""
+def sizes(dtype, plain: bool, backward: bool, kind: str | None) -> Sizes:
+    """The tiles for a device kind (None: any); short sequences have them made smaller. plain: one head of 128 a block.
+
+    By scripts/tpu_schedule.py, libtpu 0.0.52, bfloat16 4x4096x16x128 causal, bundles a token and head. Forward,
+    parts of 256: v5e 12.14 at 1024 x 1024, 12.98 at 1024 x 512, 12.99 at 512 x 1024, 13.84 at 512 x 512; v6e 8.86
+    at 1024 x 1024, 9.74 at 512 x 1024; parts of 512 there 8.29. Backward: large tiles for few steps, small parts for
+    little that is computed in vain beside the diagonal. float32 takes six passes of bfloat16 a product: small tiles,
+    which compile sooner; so do those of two heads a block, or one of 256, backward.
+    """
     if jnp.dtype(dtype).itemsize == 4:
         return Sizes(256, 256, 256, 256)
-    return Sizes(512, 512, 512, 512) if backward else Sizes(1024, 1024, 256, 256)
+    if backward:
+        return Sizes(1024, 1024, 256, 256) if plain else Sizes(512, 512, 256, 256)
+    wide = kind in ("TPU v6 lite", "TPU7x")  # matrix units of 256 a side
+    return Sizes(1024, 1024, 512, 512) if wide else Sizes(1024, 1024, 256, 256)
 
 
 def fit(queries: int, keys: int, most: Sizes) -> Sizes:

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import dispatch
 from kernels_pallas.attention import tiles_tpu
 from kernels_pallas.attention.pallas_tpu import attention_tpu
 from kernels_pallas.attention.pallas_tpu_table import KIND, LAST, MASKED, NONE, STATIC, table
@@ -12,7 +13,13 @@ from kernels_pallas.attention.pallas_tpu_tile import Mask
 from scripts.tpu_cases import Case
 
 FORWARD = [(512, 512, 256, 256), (1024, 512, 256, 256), (1024, 1024, 256, 256), (512, 1024, 256, 256)]
-BACKWARD = [(512, 512, 256, 256), (512, 1024, 256, 256), (1024, 512, 256, 256), (512, 512, 512, 128)]
+BACKWARD = [
+    (1024, 1024, 256, 256),
+    (512, 512, 256, 256),
+    (512, 1024, 256, 256),
+    (1024, 512, 256, 256),
+    (512, 512, 512, 128),
+]
 
 
 def case(dtype, batch, length, heads, groups, width, window=None, *, record=True):
@@ -63,6 +70,7 @@ def _shares(*, shape, dtype, window, forward=None, backward=None):
         activation="softmax",
         forward=forward,
         backward=backward,
+        kind=dispatch.device_kind(),
     )
     found = {}
     for name, sizes, by_columns in (

@@ -7,9 +7,11 @@ import pytest
 
 from kernels_pallas.attention import IMPLEMENTATIONS, attention, tiles
 from kernels_pallas.attention.gathered import split_rows
+from kernels_pallas.dispatch import KERNELS
 from tests.numerics import rel_rms
 
-OTHERS = sorted(set(IMPLEMENTATIONS) - {"ref"})
+EVERYWHERE = sorted(set(IMPLEMENTATIONS) - set(KERNELS))  # kernels have their own tests
+OTHERS = sorted(set(EVERYWHERE) - {"ref"})
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def by_loops(q, k, v, *, causal, window=None, keep=None, segment_ids=None, bias=
     return y
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_equals_the_definition(implementation, activation):
     arrays, options = make_inputs(2, 7, 9, 6, 2, 5, 3, bias=(2, 6, 7, 9), keep=True, segments=True)
@@ -230,14 +232,14 @@ def test_block_mask(implementation, per_head, small_tiles):
     assert rel_rms(got["y"], closed) < 1e-5
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 def test_large_scores_do_not_overflow(implementation):
     arrays, _ = make_inputs(1, 140, 140, 1, 1, 8, 5)
     got = forward_and_grads(implementation, {**arrays, "q": arrays["q"] * 1e4}, causal=True)
     assert all(np.isfinite(value).all() for value in got.values())
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 def test_empty(implementation):
     q, k = jnp.zeros((2, 0, 3, 4)), jnp.zeros((2, 5, 3, 4))
     assert attention(q, k, k, causal=True, implementation=implementation).shape == (2, 0, 3, 4)
