@@ -87,8 +87,9 @@ def read(name: str, program: Path, use: Path, shares: Sequence[float] = (), turn
     step = end - start + 1
     regions = [r for r in _regions(lines, depths) if start <= r.first and r.last <= end]
     big = [r for r in regions if r.last - r.first + 1 >= BIG * step]
-    if grid:
-        big = big[1:]  # the first is the whole step, which the pipeline leaves out in its extra turns
+    if grid and big:  # the largest is the whole step, which the pipeline leaves out in its extra turns
+        whole = max(big, key=lambda r: r.last - r.first)
+        big = [r for r in big if r != whole and whole.first <= r.first and r.last <= whole.last]
     big = [r for r in big if not any(o != r and o.first <= r.first and r.last <= o.last for o in big)]
     big.sort(key=lambda r: r.first - r.last)
     weights = [1.0] * len(depths)
