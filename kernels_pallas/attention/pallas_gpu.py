@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kernels_pallas import costs, dispatch, mosaic_gpu
 from kernels_pallas.attention.pallas_gpu_backward import backward_keys, backward_queries, need
 from kernels_pallas.attention.pallas_gpu_forward import LOG2E, Plan, forward
-from kernels_pallas.attention.pallas_gpu_table import TILE, Table, tables
+from kernels_pallas.attention.pallas_gpu_table import TILE, tables
 
 
 def attention_gpu(
@@ -124,7 +124,7 @@ def _backward(plan: Plan, saved, cotangents):
 _attend.defvjp(_save, _backward)
 
 
-def _cost(plan: Plan, q, v, table: Table, backward: bool):
+def _cost(plan: Plan, q, v, table, backward: bool):
     batch, _, heads, width = q.shape
     scores = float(table[1].shape[1] * table[1].shape[2] * TILE**2)
     sizes = (batch, heads, v.shape[2], plan.queries, plan.keys, width, v.shape[3])
