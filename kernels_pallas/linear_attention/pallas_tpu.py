@@ -40,8 +40,14 @@ def linear_attention_tpu(
     dtype = jnp.result_type(q, k, v)
     decay = None if log_decay is None else "head" if log_decay.ndim == 3 else "channel"
     plan = tiles.choose(
-        *(q.shape, v.shape[-1], dtype, decay, dispatch.device_kind()),
-        **{"chunk": chunk, "step": step, "heads": heads},
+        q.shape,
+        v.shape[-1],
+        dtype,
+        decay,
+        dispatch.device_kind(),
+        chunk=chunk,
+        step=step,
+        heads=heads,
         interpret=mosaic_tpu.interpreted() if interpret is None else interpret,
     )
     y, last = _padded(plan, *(x.astype(dtype) for x in (q, k, v)), log_decay, state)
@@ -72,7 +78,7 @@ def _attend(plan: Plan, q, k, v, g, state):
 
 def _forward(plan: Plan, q, k, v, g, state, save):
     cost = _cost(plan, q, v, backward=False)
-    y, *rest = forward(plan, *(_flat(x) for x in (q, k, v)), _rows(plan, g), state, save=save, cost=cost)
+    y, *rest = forward(plan, _flat(q), _flat(k), _flat(v), _rows(plan, g), state, save=save, cost=cost)
     return y.reshape(v.shape), *rest
 
 
@@ -85,9 +91,9 @@ def _backward(plan: Plan, saved, cotangents):
     q, k, v, g, states = saved
     dy, dlast = cotangents
     cost = _cost(plan, q, v, backward=True)
-    flat = (_flat(x) for x in (q, k, v, dy))
+    fewer = plan._replace(heads=plan.heads_backward)
     dq, dk, dv, dg, dstate = backward(
-        plan._replace(heads=plan.heads_backward), *flat, _rows(plan, g), states, dlast, cost=cost
+        fewer, _flat(q), _flat(k), _flat(v), _flat(dy), _rows(plan, g), states, dlast, cost=cost
     )
     if plan.decay == "head":
         batch, heads = dg.shape[:2]
@@ -102,8 +108,10 @@ _attend.defvjp(_save, _backward)
 
 
 def _cost(plan: Plan, q, v, *, backward):
-    options = {"chunk": plan.chunk, "decay": plan.decay, "itemsize": q.dtype.itemsize}
-    return costs.linear_attention(*q.shape, v.shape[-1], **options, backward=backward).estimate()
+    batch, length, heads, keys = q.shape
+    sizes = (batch, length, heads, keys, v.shape[-1])
+    options = {"chunk": plan.chunk, "decay": plan.decay, "itemsize": q.dtype.itemsize, "backward": backward}
+    return costs.linear_attention(*sizes, **options).estimate()
 
 
 def _flat(x):

@@ -1,6 +1,7 @@
 """The backward TPU kernel: chunks in reverse order, the state's gradient in VMEM. README.md has the derivation."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,9 +53,9 @@ def backward(plan: Plan, q, k, v, dy, g, states, dlast, *, cost: pl.CostEstimate
 
 def _kernel(*refs, plan: Plan, steps: int):
     q_ref, k_ref, v_ref, dy_ref, *rest = refs
-    g_ref = rest.pop(0) if plan.decay else None
+    g_ref: Any = rest.pop(0) if plan.decay else None
     before_ref, dlast_ref, dq_ref, dk_ref, dv_ref, *rest = rest
-    dg_ref = rest.pop(0) if plan.decay else None
+    dg_ref: Any = rest.pop(0) if plan.decay else None
     dfirst_ref, dstate_ref, states_ref = rest
     step = pl.program_id(2)
 

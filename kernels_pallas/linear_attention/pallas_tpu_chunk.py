@@ -36,7 +36,8 @@ def sums(x: Array, ones: Array, exact: bool, passes: int = 1) -> Array:
     """x @ ones for a boolean matrix: as float32 sums are, or of 8 bits of x a pass."""
     if exact:
         return dot(x, ones.astype(jnp.float32))
-    return sum(dot(part, _bfloat16(ones)) for part in parts(x, passes))
+    first, *rest = (dot(part, _bfloat16(ones)) for part in parts(x, passes))
+    return sum(rest, start=first)
 
 
 def sums_left(ones: Array, x: Array, exact: bool) -> Array:

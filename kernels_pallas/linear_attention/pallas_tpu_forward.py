@@ -1,6 +1,7 @@
 """The forward TPU kernel: chunks in order, the state in VMEM. README.md has the derivation."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ def forward(plan: Plan, q, k, v, g, state, *, save: bool, cost: pl.CostEstimate)
 
 def _kernel(*refs, plan: Plan, steps: int, save: bool):
     q_ref, k_ref, v_ref, *rest = refs
-    g_ref = rest.pop(0) if plan.decay else None
+    g_ref: Any = rest.pop(0) if plan.decay else None
     first_ref, y_ref, last_ref, *saved, state_ref = rest
     step = pl.program_id(2)
 

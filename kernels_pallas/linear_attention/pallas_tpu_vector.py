@@ -90,8 +90,8 @@ def vector_forward(q, k, v, g, state):
         if m < ROWS:
             pairs = jnp.where(meet, dot(both, both, (1, 1)), pairs)
             continue
-        products = dot(jnp.concatenate(_halves(both, m)[1]), both, (1, 1))
-        products = [products[n : n + m] for n in range(0, size // 2, m)]
+        joined = dot(jnp.concatenate(_halves(both, m)[1]), both, (1, 1))
+        products = [joined[n : n + m] for n in range(0, size // 2, m)]
         even, odd = _halves(pairs, m)
         odd = [jnp.where(here, new, old) for here, new, old in zip(_halves(meet, m)[1], products, odd)]
         pairs = _merge(even, odd)
@@ -145,8 +145,8 @@ def vector_backward(q, k, v, dy, g, state, dstate):
             odd = jax.lax.broadcasted_iota(jnp.int32, dboth.shape, 0) & m != 0
             dq, dk = dq + jnp.where(odd, dboth, 0.0), dk + jnp.where(odd, 0.0, dboth)
             continue
-        products = dot(jnp.concatenate(_halves(both, m)[0]), both, (1, 1))
-        products = [products[n : n + m] for n in range(0, size // 2, m)]
+        joined = dot(jnp.concatenate(_halves(both, m)[0]), both, (1, 1))
+        products = [joined[n : n + m] for n in range(0, size // 2, m)]
         (even, odd), (dk_even, dk_odd), (dq_even, dq_odd) = (_halves(x, m) for x in (pairs, dk, dq))
         (more_even, more_odd), meet_even = _halves(dboth, m), _halves(meet, m)[0]
         pairs = _merge([jnp.where(*x) for x in zip(meet_even, products, even)], odd)

@@ -68,8 +68,8 @@ def choose(
     lanes = LANES // 2 if exact or decay == "channel" else LANES
     most = min(HEADS, lanes // max(key_width, value_width))
     fewer = most // 2 if exact or decay == "channel" else most  # long programs, slow to compile
-    together = [heads_together(count, key_width, value_width, heads or n) for n in (most, fewer)]
-    return Plan(chunk, chunks, *together, key_width, value_width, decay, interpret)
+    forward, backward = (heads_together(count, key_width, value_width, heads or n) for n in (most, fewer))
+    return Plan(chunk, chunks, forward, backward, key_width, value_width, decay, interpret)
 
 
 def width(size: int, heads: int) -> int:
