@@ -101,17 +101,18 @@ def plan(
 def sizes(dtype, plain: bool, backward: bool, kind: str | None) -> Sizes:
     """The tiles for a device kind (None: any); short sequences have them made smaller. plain: one head of 128 a block.
 
-    By scripts/tpu_schedule.py, libtpu 0.0.52, bfloat16 4x4096x16x128 causal, bundles a token and head. Forward,
-    parts of 256: v5e 12.14 at 1024 x 1024, 12.98 at 1024 x 512, 12.99 at 512 x 1024, 13.84 at 512 x 512; v6e 8.86
-    at 1024 x 1024, 9.74 at 512 x 1024; parts of 512 there 8.29. Backward: large tiles for few steps, small parts for
-    little that is computed in vain beside the diagonal. float32 takes six passes of bfloat16 a product: small tiles,
-    which compile sooner; so do those of two heads a block, or one of 256, backward.
+    By scripts/tpu_schedule.py, libtpu 0.0.52, bfloat16 4x4096x16x128 causal, bundles a token and head; parts of
+    queries x keys. Forward, v5e, parts of 256 x 256: 12.14 at 1024 x 1024, 12.98 at 1024 x 512, 12.99 at 512 x 1024,
+    13.84 at 512 x 512; v6e at 1024 x 1024 8.86, with parts of 512 x 512 8.29. Backward at 1024 x 1024, v5e 23.22 with
+    parts of 256 x 256; v6e 17.66 with those, 13.56 with 256 x 512, 13.79 with 512 x 512. Others than plain, and float32
+    (six passes of bfloat16 a product), have smaller tiles that compile sooner.
     """
+    wide = kind in ("TPU v6 lite", "TPU7x")  # matrix units of 256 a side
     if jnp.dtype(dtype).itemsize == 4:
         return Sizes(256, 256, 256, 256)
     if backward:
-        return Sizes(1024, 1024, 256, 256) if plain else Sizes(512, 512, 256, 256)
-    wide = kind in ("TPU v6 lite", "TPU7x")  # matrix units of 256 a side
+        size = 1024 if plain else 512
+        return Sizes(size, size, 256, 512 if wide else 256)
     return Sizes(1024, 1024, 512, 512) if wide else Sizes(1024, 1024, 256, 256)
 
 
