@@ -3,12 +3,29 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import export
 
 from kernels_pallas import dispatch
+from kernels_pallas.attention import api as attention
+from kernels_pallas.delta_rule import api as delta_rule
+from kernels_pallas.linear_attention import api as linear_attention
+from kernels_pallas.linear_recurrence import api as linear_recurrence
+from kernels_pallas.long_conv import api as long_conv
+from kernels_pallas.selective_scan import api as selective_scan
 from tests.kernels_pallas.op_cases import CASES, gradients
 from tests.numerics import rel_rms
 
+TABLES = {
+    "attention": attention,
+    "delta_rule": delta_rule,
+    "linear_attention": linear_attention,
+    "linear_recurrence": linear_recurrence,
+    "long_conv": long_conv,
+    "selective_scan": selective_scan,
+}
 B, T, H, K = 2, 70, 2, 8
+OPS = {name: next(op for op in TABLES if name.startswith(op)) for name in CASES}
+KERNELS = {name for name, op in OPS.items() if "pallas_tpu" in TABLES[op].AUTO.get("tpu", ())}
 
 
 def close(got, want):
@@ -51,6 +68,25 @@ def test_vmap(name):
     for n in range(3):
         assert close([x[n] for x in got], plain(*(x[n] for x in many)))
         assert close([x[n] for x in alone], plain(many[0][n], *arrays[1:]))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", CASES)
+def test_a_program_for_another_platform_has_its_kernels(name, monkeypatch):
+    """Lowered on this machine: kernels in the program for a TPU, none in that for a CPU, from one trace."""
+    monkeypatch.delenv("ARCHLOOM_PLATFORM")
+    case = CASES[name]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in case.shapes(2, 256, 2, 128)]
+    traced = jax.jit(gradients(case.function)).trace(*shapes)
+    has = {each: "tpu_custom_call" in traced.lower(lowering_platforms=(each,)).as_text() for each in ("tpu", "cpu")}
+    assert has == {"tpu": name in KERNELS, "cpu": False}
+    for each in has:  # one by one: jax lowers a kernel for a CPU too where both are asked for, and fails
+        exported = export.export(
+            jax.jit(case.function),
+            platforms=(each,),
+            disabled_checks=[export.DisabledSafetyCheck.custom_call("tpu_custom_call")],
+        )(*shapes)
+        assert ("tpu_custom_call" in exported.mlir_module()) == has[each]
 
 
 @pytest.mark.parametrize("length", [1, 33, 70])
