@@ -110,7 +110,7 @@ def call(
       NotImplementedError: the scratch exceeds the shared memory of a block.
     """
     refuse_bytes(name, nbytes(*scratch.values()))
-    given = {"cost_estimate": cost} if "cost_estimate" in inspect.signature(plgpu.kernel).parameters else {}
+    given: Any = {"cost_estimate": cost} if "cost_estimate" in inspect.signature(plgpu.kernel).parameters else {}
     return plgpu.kernel(
         kernel,
         out_type=out_type,
@@ -166,7 +166,8 @@ def transposed(ref: Any) -> Any:
 
 def load(ref: Any, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
     """Shared memory in the registers of a matrix product's result, or by_row or by_column of it."""
-    return plgpu.load(ref, (), layout=layout) if _before_12() else plgpu.load(ref, layout=layout)
+    read: Any = plgpu.load
+    return read(ref, (), layout=layout) if _before_12() else read(ref, layout=layout)
 
 
 def by_row(ref: Any) -> jax.Array:

@@ -127,7 +127,7 @@ def _kernel(q_ref, k_ref, v_ref, counts_ref, visits_ref, *rest, plan: Plan, repe
 
 
 def hide(plan: Plan, scores, m, n, partly, q_ids, k_ids, axis):
-    """-inf where a query of tile m may not see a key of tile n; queries along `axis`. partly: 1 where this is needed."""
+    """-inf where a query of tile m may not see a key of tile n; queries along `axis`. partly: 1 where needed."""
     offset = mosaic_gpu.numbers(scores.shape, 1 - axis) - mosaic_gpu.numbers(scores.shape, axis)
     key = mosaic_gpu.numbers(scores.shape, 1 - axis) + n * TILE
     offset = offset + (n - m) * TILE - (plan.keys - plan.queries)  # s - the position of t

@@ -78,13 +78,13 @@ def _call(plan: Plan, name, tokens, rows, state, save, reverse, cost):
 
 
 def _kernel(*refs, plan: Plan, chunks: int, read: bool, save: bool, reverse: bool, **scratch):
-    refs, s = list(refs), scratch
-    q_ref = refs.pop(0) if read else None
-    k_ref, v_ref = refs.pop(0), refs.pop(0)
-    rows_ref = refs.pop(0) if plan.decay else None
-    first_ref = refs.pop(0)
-    y_ref = refs.pop(0) if read else None
-    last_ref, states_ref = refs.pop(0), refs.pop(0) if save else None
+    given, s = list(refs), scratch
+    q_ref = given.pop(0) if read else None
+    k_ref, v_ref = given.pop(0), given.pop(0)
+    rows_ref = given.pop(0) if plan.decay else None
+    first_ref = given.pop(0)
+    y_ref = given.pop(0) if read else None
+    last_ref, states_ref = given.pop(0), given.pop(0) if save else None
     b, h = lax.axis_index("rows"), lax.axis_index("heads")
     columns = pl.ds(lax.axis_index("columns") * plan.columns, plan.columns)
     stages, dtype = s["k_s"].shape[0], v_ref.dtype
