@@ -61,7 +61,11 @@ def _forward(cut, chunk, inputs, state):
 def _backward(cut, chunk, saved, cotangents):
     inputs, states = saved
     dy, dlast = cotangents
-    body = lambda dstate, x, state: (*_block_backward(chunk, state, *x, dstate), None)  # noqa: E731
+
+    def body(dstate, x, state):
+        inputs, dy = x
+        return (*_block_backward(chunk, state, inputs, dy, dstate), None)
+
     dstate, dinputs, _ = blocks.over(cut, body, dlast, (inputs, dy), states, reverse=True)
     return dinputs, dstate
 

@@ -218,7 +218,8 @@ def _backward(A, parallel, carry, block):
     (_, *rest), kept = jax.lax.scan(forwards, start, (delta, v, B, C, reset, dy))
     g = dstate
     if across:
-        dstate, g = _between_chunks(dstate, *rest, parallel, reverse=True)
+        decay, added = rest
+        dstate, g = _between_chunks(dstate, decay, added, parallel, reverse=True)
 
     def backwards(carry, inputs):
         g, dA = carry
