@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas import mosaic_tpu
 from kernels_pallas.long_conv import tiles
-from kernels_pallas.long_conv.pallas_tpu_transform import backward, forward, tables
+from kernels_pallas.long_conv.pallas_tpu_transform import backward, forward, inverse, tables, transform
 
 
 class Plan(NamedTuple):
@@ -70,8 +70,9 @@ def _backward(plan: Plan, taps, saved, dy):
     dx, products = backward(
         plan, _grids(plan, x), _grids(plan, dy), spectrum, tables(plan.rows, plan.columns), x.shape[1]
     )
-    points = jax.lax.complex(products[0], products[1]).swapaxes(1, 2).reshape(x.shape[2], -1)
-    dfilter = jnp.fft.ifft(points, axis=1).real[:, :taps]
+    _, back, turn, two = tables(plan.rows, plan.columns)
+    dfilter, _ = jax.vmap(lambda a, b: inverse(a, b, back, turn, two))(*products)
+    dfilter = dfilter.reshape(x.shape[2], -1)[:, :taps] / (plan.rows * plan.columns)
     return _ungrids(dx, x), dfilter.T
 
 
@@ -80,10 +81,10 @@ _convolve.defvjp(_save, _backward)
 
 def _spectrum(plan: Plan, filter):
     """[2 D N1 N2]: real and imaginary parts of the filter's transform over N, point k1 + N1 k2 at [k1, k2]."""
-    points = plan.rows * plan.columns
-    spectrum = jnp.fft.fft(filter.T.astype(jnp.complex64), n=points, axis=1) / points
-    spectrum = spectrum.reshape(-1, plan.columns, plan.rows).swapaxes(1, 2)
-    return jnp.stack([spectrum.real, spectrum.imag])
+    one, _, turn, two = tables(plan.rows, plan.columns)
+    grids = _grids(plan, filter[None])[0]
+    parts = jax.vmap(lambda x: transform(x, jnp.zeros_like(x), one, turn, two))(grids)
+    return jnp.stack(parts) / (plan.rows * plan.columns)
 
 
 def _grids(plan: Plan, x):

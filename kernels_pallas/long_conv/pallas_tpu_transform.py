@@ -84,7 +84,7 @@ def _dot(a, b):
     )
 
 
-def _spectrum_of(real, imaginary, one, turn, two):
+def transform(real, imaginary, one, turn, two):
     """The transform of real + i imaginary [N1/2 N2], the other half being 0: its parts [N1 N2]."""
     rows, columns = turn.shape[1:]
     found = _dot(one[...], jnp.concatenate([real, imaginary], 1))  # [2 N1, 2 N2]
@@ -95,7 +95,7 @@ def _spectrum_of(real, imaginary, one, turn, two):
     return found[:rows, :columns] - found[rows:, columns:], found[:rows, columns:] + found[rows:, :columns]
 
 
-def _back(a, b, back, turn, two):
+def inverse(a, b, back, turn, two):
     """The first half of the inverse transform of a + i b, times N: its parts [N1/2 N2]."""
     rows, columns = turn.shape[1:]
     found = _dot(jnp.concatenate([a, b], 0), two[...])
@@ -108,9 +108,9 @@ def _back(a, b, back, turn, two):
 
 def _forward_kernel(x_ref, spectrum_ref, one, back, turn, two, y_ref, *, plan):
     def channel(c, carry):
-        a, b = _spectrum_of(x_ref[0, c].astype(jnp.float32), x_ref[1, c].astype(jnp.float32), one, turn, two)
+        a, b = transform(x_ref[0, c].astype(jnp.float32), x_ref[1, c].astype(jnp.float32), one, turn, two)
         f, g = spectrum_ref[0, c], spectrum_ref[1, c]
-        a, b = _back(f * a - g * b, f * b + g * a, back, turn, two)
+        a, b = inverse(f * a - g * b, f * b + g * a, back, turn, two)
         y_ref[0, c], y_ref[1, c] = a.astype(y_ref.dtype), b.astype(y_ref.dtype)
         return carry
 
@@ -124,13 +124,13 @@ def _backward_kernel(x_ref, dy_ref, spectrum_ref, one, back, turn, two, dx_ref, 
 
     def channel(c, carry):
         x, dy = (
-            _spectrum_of(ref[0, c].astype(jnp.float32), ref[1, c].astype(jnp.float32), one, turn, two)
+            transform(ref[0, c].astype(jnp.float32), ref[1, c].astype(jnp.float32), one, turn, two)
             for ref in (x_ref, dy_ref)
         )
         products_ref[0, c] += x[0] * dy[0] + x[1] * dy[1]
         products_ref[1, c] += x[0] * dy[1] - x[1] * dy[0]
         f, g = spectrum_ref[0, c], spectrum_ref[1, c]
-        a, b = _back(f * dy[0] + g * dy[1], f * dy[1] - g * dy[0], back, turn, two)
+        a, b = inverse(f * dy[0] + g * dy[1], f * dy[1] - g * dy[0], back, turn, two)
         dx_ref[0, c], dx_ref[1, c] = a.astype(dx_ref.dtype), b.astype(dx_ref.dtype)
         return carry
 
