@@ -180,26 +180,26 @@ def by_column(ref: Any) -> jax.Array:
     return load(ref, plgpu.Layout.WGMMA.reduce(0))
 
 
-def across(rows: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def across(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """[m] to [m n]."""
     return jax.lax.broadcast_in_dim(rows, shape, (0,))
 
 
-def down(columns: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def down(columns: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """[n] to [m n]."""
     return jax.lax.broadcast_in_dim(columns, shape, (1,))
 
 
-def numbers(shape: tuple[int, int], axis: int) -> jax.Array:
+def numbers(shape: tuple[int, ...], axis: int) -> jax.Array:
     """[m n] of row numbers (axis 0) or column numbers (axis 1)."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
-def zeros(shape: tuple[int, int]) -> jax.Array:
+def zeros(shape: tuple[int, ...]) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
 
-def product(shape: tuple[int, int], *pairs: tuple[Any, Any]) -> jax.Array:
+def product(shape: tuple[int, ...], *pairs: tuple[Any, Any]) -> jax.Array:
     """The sum of a @ b over pairs of references to shared memory, [m n] in float32."""
 
     def run(total):
@@ -207,7 +207,7 @@ def product(shape: tuple[int, int], *pairs: tuple[Any, Any]) -> jax.Array:
             plgpu.wgmma(total, a, b)
         return total[...]
 
-    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(run, plgpu.ACC((shape[0], shape[1]), jnp.float32))  # type: ignore[arg-type]
 
 
 def _before_12() -> bool:

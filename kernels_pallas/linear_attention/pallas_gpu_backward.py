@@ -4,6 +4,7 @@ README.md has the derivation.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def backward(plan: Plan, q, k, v, dy, rows, states, dstates, *, cost: pl.CostEst
         cost=cost,
         interpret=plan.interpret,
     )(*(q, k, v, dy, states, dstates), *([rows] if plan.decay else []))
-    return dq, dk, dv, *([_decay_gradient(*parts, rows)] if plan.decay else [])
+    return dq, dk, dv, *([_decay_gradient(parts[0], parts[1], rows)] if plan.decay else [])
 
 
 def need(keys: int, values: int, decay: bool) -> int:
@@ -66,7 +67,7 @@ def _scratch(keys, values, dtype, decay):
 
 def _kernel(*refs, plan: Plan, **s):
     q_ref, k_ref, v_ref, dy_ref, states_ref, dstates_ref, *rest = refs
-    rows_ref = rest.pop(0) if plan.decay else None
+    rows_ref: Any = rest.pop(0) if plan.decay else None
     dq_ref, dk_ref, dv_ref, *rest = rest
     b, n, h = (lax.axis_index(name) for name in ("rows", "chunks", "heads"))
     tokens, done = (b, pl.ds(n * CHUNK, CHUNK), h), s["arrived"]
@@ -79,7 +80,8 @@ def _kernel(*refs, plan: Plan, **s):
     plgpu.barrier_wait(done)
 
     q_s, k_s, v_s, dy_s, state_s, dstate_s = (s[n] for n in ("q_s", "k_s", "v_s", "dy_s", "state_s", "dstate_s"))
-    rows_s, dtype = s.get("rows_s"), q_ref.dtype
+    rows_s: Any = s.get("rows_s")
+    dtype = q_ref.dtype
     keys, values = q_s.shape[1], v_s.shape[1]
 
     decay = between(rows_s)  # [t s]

@@ -1,7 +1,7 @@
 """The forward GPU kernel: chunks in order, the state in registers. README.md has the derivation."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,12 +79,13 @@ def _call(plan: Plan, name, tokens, rows, state, save, reverse, cost):
 
 def _kernel(*refs, plan: Plan, chunks: int, read: bool, save: bool, reverse: bool, **scratch):
     given, s = list(refs), scratch
-    q_ref = given.pop(0) if read else None
+    q_ref: Any = given.pop(0) if read else None
     k_ref, v_ref = given.pop(0), given.pop(0)
-    rows_ref = given.pop(0) if plan.decay else None
+    rows_ref: Any = given.pop(0) if plan.decay else None
     first_ref = given.pop(0)
-    y_ref = given.pop(0) if read else None
-    last_ref, states_ref = given.pop(0), given.pop(0) if save else None
+    y_ref: Any = given.pop(0) if read else None
+    last_ref = given.pop(0)
+    states_ref: Any = given.pop(0) if save else None
     b, h = lax.axis_index("rows"), lax.axis_index("heads")
     columns = pl.ds(lax.axis_index("columns") * plan.columns, plan.columns)
     stages, dtype = s["k_s"].shape[0], v_ref.dtype
@@ -118,7 +119,7 @@ def _kernel(*refs, plan: Plan, chunks: int, read: bool, save: bool, reverse: boo
             plgpu.copy_smem_to_gmem(s["low_s"], states_ref.at[b, place(i), h, :, columns])
         plgpu.barrier_wait(s["arrived"].at[slot])
         k_s, v_s = s["k_s"].at[slot], s["v_s"].at[slot]
-        rows_s = s["rows_s"].at[slot] if plan.decay else None
+        rows_s: Any = s["rows_s"].at[slot] if plan.decay else None
         if read:
             q_s = s["q_s"].at[slot]
             pairs = product((CHUNK, CHUNK), (q_s, transposed(k_s)))
