@@ -179,7 +179,7 @@ def chip(flags: Any) -> list[dict[str, Any]]:
 
     from kernels_pallas import dispatch
 
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIP).devices[0]
+    device: Any = topologies.get_topology_desc(platform="tpu", topology_name=CHIP).devices[0]
     place = SingleDeviceSharding(device)
     rows = []
     for side in flags.sides:

@@ -207,7 +207,7 @@ def product(shape: tuple[int, ...], *pairs: tuple[Any, Any]) -> jax.Array:
             plgpu.wgmma(total, a, b)
         return total[...]
 
-    return pl.run_scoped(run, plgpu.ACC((shape[0], shape[1]), jnp.float32))  # type: ignore[arg-type]
+    return pl.run_scoped(run, plgpu.ACC((shape[0], shape[1]), jnp.float32))
 
 
 def _before_12() -> bool:

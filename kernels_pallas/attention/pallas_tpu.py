@@ -1,6 +1,7 @@
 """Attention on TPU (Pallas Mosaic TPU): layout, padding and the gradient rule. README.md has the derivation."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,7 @@ def _forward(plan: Plan, q, k, v, marks):
 def _backward(plan: Plan, saved, cotangents):
     q, k, v, marks, y, lse = saved
     dy, dlse = cotangents
-    arrays = _flat(plan, plan.backward, q, k, v, marks)
+    arrays: Any = _flat(plan, plan.backward, q, k, v, marks)
     more = arrays[0].shape[1] - plan.queries
     dy = _fill(dy.reshape(y.shape), 1, more)
     delta = None
@@ -138,7 +139,8 @@ def _backward(plan: Plan, saved, cotangents):
         delta = products(plan, _fill(y, 1, more), dy, cost=reads) - _fill(jnp.where(empty, 0.0, dlse), 3, more)
         lse = _fill(jnp.where(empty, jnp.inf, lse * LOG2E), 3, more, jnp.inf)
     cost = _cost(plan, q, v, True)
-    dq, dk, dv = backward(plan, *arrays[:3], dy, lse, delta, *arrays[3:], cost=cost)
+    flat_q, flat_k, flat_v, q_marks, k_marks = arrays
+    dq, dk, dv = backward(plan, flat_q, flat_k, flat_v, dy, lse, delta, q_marks, k_marks, cost=cost)
     grads = (g[:, : x.shape[1]].reshape(x.shape) for g, x in ((dq, q), (dk, k), (dv, v)))
     return *grads, None if marks is None else jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), marks)
 

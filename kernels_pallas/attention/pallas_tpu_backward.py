@@ -157,14 +157,14 @@ def _kernel(plan, found, at, for_rows, for_columns, rows_ref, columns_ref, flags
     if for_columns:
 
         @pl.when(((flags & FIRST) > 0) & (repeat == 0))
-        def _():
+        def clear_columns():
             dk_sum[...] = jnp.zeros_like(dk_sum)
             dv_sum[...] = jnp.zeros_like(dv_sum)
 
     if for_rows:
 
         @pl.when((flags & begins) > 0)
-        def _():
+        def clear_rows():
             dq_sum[slot] = jnp.zeros(dq_sum.shape[1:], jnp.float32)
 
     def body(how):

@@ -48,8 +48,8 @@ def forward(plan: Plan, q, k, v, q_marks, k_marks, *, cost):
     out_specs = [pl.BlockSpec((1, sizes.rows, plan.value_width), rows)]
     if softmax:
         out_shape.append(jax.ShapeDtypeStruct((q.shape[0], plan.heads, 1, q.shape[1]), jnp.float32))
-        line = (1, plan.pack, 1, sizes.rows)
-        out_specs.append(pl.BlockSpec(line, lambda b, h, n, rows_ref, *_: (b, h, 0, rows_ref[at(h, n)])))
+        block = (1, plan.pack, 1, sizes.rows)
+        out_specs.append(pl.BlockSpec(block, lambda b, h, n, rows_ref, *_: (b, h, 0, rows_ref[at(h, n)])))
     line = (plan.pack, 1, sizes.rows)
     scratch = [
         pltpu.VMEM((plan.pack, sizes.rows, plan.width), q.dtype),

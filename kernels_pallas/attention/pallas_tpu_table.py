@@ -61,7 +61,8 @@ def table(plan: Plan, sizes: Sizes, by_columns: bool) -> Table:
         idle = (*steps[-1][:2], NONE, *steps[-1][3:])
         filled.append(steps + [idle] * (longest - len(steps)))
     fields = np.moveaxis(np.array(filled, np.int32), -1, 0)
-    return Table(*fields, masks, offsets)
+    rows, columns, flags, slots, ready, places = fields
+    return Table(rows, columns, flags, slots, ready, places, masks, offsets)
 
 
 def classify(plan: Plan, sizes: Sizes) -> tuple[Int[np.ndarray, "J I N"], tuple[int, ...]]:
@@ -126,7 +127,7 @@ def _pieces(plan: Plan, sizes: Sizes, kinds):
     deep, wide = plan.queries // mask.shape[1], plan.keys // mask.shape[2]
     high, across = (-(-size // each) + 1 for size, each in ((sizes.rows, deep), (sizes.columns, wide)))
     found: dict[bytes, int] = {}
-    pieces = []
+    pieces: list[np.ndarray] = []
     for j, row, column in zip(*np.nonzero(kinds == MASKED)):
         m, n = row * sizes.rows // deep, column * sizes.columns // wide
         part = mask[j, m : m + high, n : n + across].T

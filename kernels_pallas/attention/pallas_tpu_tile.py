@@ -1,5 +1,7 @@
 """What the TPU kernels of both passes do within a tile. Scores lie transposed, keys [C] by queries [R]."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -49,7 +51,7 @@ def branches(table: Table, flags, body):
     found = table.kinds()
     for kind in sorted(found - {0}):
         how = None if kind < MASKED else "any" if kind == MASKED else table.offsets[kind - STATIC]
-        pl.when((flags & KIND) == kind)(lambda how=how: body(how))
+        pl.when((flags & KIND) == kind)(functools.partial(body, how))
 
 
 class Mask:
