@@ -20,7 +20,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "pallas_tpu": long_conv_tpu,
 }
 # in order of preference; direct refuses filters past the measured crossover, fft differs on a CPU
-AUTO = {"cpu": ("direct", "fft"), "default": ("direct", "fft")}
+AUTO = {"tpu": ("direct", "pallas_tpu", "fft"), "cpu": ("direct", "fft"), "default": ("direct", "fft")}
 AXES = Axes(("B.H", ".H"), "B.H")
 
 
