@@ -1,4 +1,4 @@
-"""Tiles of the TPU kernels, chosen by the static schedule on v5e (README.md has the figures)."""
+"""Tiles of the TPU kernels, chosen by the static schedule on v5e (scripts/tpu_schedule.py)."""
 
 ROWS = 16  # tokens are cut in multiples of this, two bfloat16 sublane tiles; it also bounds the taps
 LANES = 128

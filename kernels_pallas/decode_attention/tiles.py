@@ -1,4 +1,4 @@
-"""Tiles of the TPU kernel, chosen by the static schedule on v5e and v6e (README.md has the figures)."""
+"""Tiles of the TPU kernel, chosen by the static schedule on v5e (scripts/tpu_schedule.py)."""
 
 TILE = 1 << 20
 MOST = 2048  # keys a grid step
