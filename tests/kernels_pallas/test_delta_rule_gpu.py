@@ -42,10 +42,11 @@ def test_matches_ref(decay):
 
 
 @interpreted
-def test_four_chunks_without_a_race():
+def test_four_chunks_without_a_race(capsys):
     """More chunks than stages, so that shared memory is used again."""
     mode = plgpu.InterpretGPUParams(detect_races=True)
     check(make_inputs(1, 256, 1, 64, 64, decay=0.1, dtype="bfloat16"), mode)
+    assert "RACE" not in capsys.readouterr().out  # the detector itself only prints
 
 
 @pytest.mark.parametrize("gated", [False, True])
