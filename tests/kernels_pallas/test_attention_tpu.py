@@ -101,7 +101,7 @@ def test_bfloat16_masks():
     check((2, 140, 140, 4, 4, 64, 64), "bfloat16", keep=True, segments=True, window=(50, 10), **SMALL)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize("length", [1, 64, 101, 512, 1000])

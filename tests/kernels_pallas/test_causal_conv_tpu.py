@@ -38,7 +38,7 @@ def test_matches_ref(B, T, D, W, silu, packed, dtype):
     agree(B, T, D, W, dtype, activation="silu" if silu else None, **options)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("T", [1, 15, 64, 101, 512, 1000])
 @pytest.mark.parametrize("W", [1, 2, 8])

@@ -32,7 +32,7 @@ def close(got, want):
     return all(rel_rms(a, b) < 1e-5 for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_jit_remat_scan_and_unknown_platform(name, monkeypatch):
     case = CASES[name]
@@ -55,7 +55,7 @@ def test_jit_remat_scan_and_unknown_platform(name, monkeypatch):
     assert close(jax.jit(gradients(scanned))(*arrays), want)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_vmap(name):
     case = CASES[name]
@@ -70,7 +70,7 @@ def test_vmap(name):
         assert close([x[n] for x in alone], plain(many[0][n], *arrays[1:]))
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_program_for_another_platform_has_its_kernels(name, monkeypatch):
     """Lowered on this machine: kernels in the program for a TPU, none in that for a CPU, from one trace."""

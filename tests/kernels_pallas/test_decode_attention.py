@@ -68,7 +68,7 @@ def test_matches_ref(implementation, dtype, window, S, monkeypatch):
     agree(implementation, dtype, 3, S, 4, 2, 5, 7, window=window)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", OTHERS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("S", [1, 64, 101, 512, 1000, 5000])

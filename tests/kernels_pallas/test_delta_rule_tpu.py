@@ -64,7 +64,7 @@ def test_short(shape, decay, dtype):
     check(make_inputs(*shape, decay=decay, dtype=dtype, seed=shape[1]))
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_passes_group_heads_differently():
     """Nine heads of a chunk forward, three heads of two chunks backward."""
     arrays = make_inputs(1, 60, 9, 5, 4, decay=0.1, dtype="bfloat16")
@@ -73,7 +73,7 @@ def test_passes_group_heads_differently():
     check(arrays, chunk=16)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [None, 0.1, 30.0])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("length", [64, 101, 512, 1000])

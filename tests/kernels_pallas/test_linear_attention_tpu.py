@@ -71,7 +71,7 @@ def test_one_token():
         check(make_inputs(2, 1, 1, 5, 7, decay=decay))
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [64, 512, 1000])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("decay", DECAYS)
@@ -83,7 +83,7 @@ def test_lengths(decay, dtype, length):
     check(arrays, **({"step": 128, "heads": 1} if decay == "channel" else {}))
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", ["head", "channel"])
 def test_constant_strong_decay(decay):
     arrays = make_inputs(1, 200, 2, 6, 5, decay=decay)

@@ -55,7 +55,7 @@ def test_matches_ref(kind, shape, options):
     compare(make_inputs(*shape, kind=kind, **options), reset=reset, reverse=reverse)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [1, 64, 101, 512, 1000])
 @pytest.mark.parametrize("strength", [0.0, 0.01, 30.0])

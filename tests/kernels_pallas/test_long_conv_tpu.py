@@ -37,7 +37,7 @@ def test_matches_ref(B, T, S, D, dtype):
     agree(B, T, S, D, dtype)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("T", [64, 101, 512, 1000, 4096])
 def test_every_length(T, dtype):

@@ -20,7 +20,7 @@ def planned(case, length):
     return memory.temp_size_in_bytes, memory.argument_size_in_bytes
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_temporaries_of_the_gradient_are_at_most_the_inputs_and_linear(name):
     found = {length: planned(CASES[name], length) for length in LENGTHS}

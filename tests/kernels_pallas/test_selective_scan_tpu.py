@@ -44,14 +44,14 @@ def test_matches_ref(shape, options):
     compare(make_inputs(*shape, **options))
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 64, 101, 512, 1000])
 @pytest.mark.parametrize("options", [{"strength": 1e-4}, {"strength": 0.1, "reset": True}, {"strength": 10.0}])
 def test_all_lengths(length, options):
     compare(make_inputs(2, length, 37, 5, **options))
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_two_registers_of_tokens_a_tile(monkeypatch):
     monkeypatch.setitem(IMPLEMENTATIONS, "pallas_tpu", functools.partial(selective_scan_tpu, tile=(256, 128)))
     compare(make_inputs(2, 300, 37, 5, strength=0.1, reset=True))
