@@ -11,7 +11,7 @@ ALLOWED = {
     "arch": {"arch", "kernels_pallas"},
     "experiments": {"experiments", "arch", "kernels_pallas"},
     "configs": {"configs"},
-    "scripts": {"experiments", "arch", "kernels_pallas", "configs"},
+    "scripts": {"scripts", "experiments", "arch", "kernels_pallas", "configs"},
 }
 
 
