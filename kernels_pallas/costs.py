@@ -145,11 +145,16 @@ def long_conv(B: int, T: int, D: int, *, itemsize: int, backward: bool = False) 
     return Cost(flops, itemsize * 3 * rows * T + 2 * itemsize * D * T)
 
 
-def long_conv_products(B: int, T: int, D: int, *, factors: tuple[int, int], itemsize: int) -> Cost:
-    """By DFTs as matrix products, n1 n2 points: 8 n (n1 + n2) operations a complex transform, two real rows in each;
-    there and back."""
-    n = factors[0] * factors[1]
-    return Cost(8 * n * sum(factors) * B * D, itemsize * (2 * B * D * T) + 2 * STATE * D * n)
+def long_conv_products(
+    B: int, T: int, D: int, *, factors: tuple[int, int], parts: int, itemsize: int, backward: bool = False
+) -> Cost:
+    """By DFTs as matrix products, n1 n2 >= T points: 2 n (2 n1 + 4 n2) operations a transform, times the pairs of
+    `parts` bfloat16 numbers; there and back, the filter's once. Backward three of a row, two of the filter."""
+    n1, n2 = factors
+    transform = 2 * n1 * n2 * (2 * n1 + 4 * n2) * parts * (parts + 1) / 2
+    rows, filters = (3 * B, 2) if backward else (2 * B, 1)
+    moved = itemsize * (3 if backward else 2) * B * D * T + STATE * filters * D * T
+    return Cost(transform * (rows + filters) * D, moved)
 
 
 def decode_attention(B: int, H: int, G: int, S: int, K: int, V: int, *, itemsize: int) -> Cost:

@@ -61,13 +61,16 @@ def call(
       dtypes: of the inputs in the order of in_specs; those not given count 4 bytes an element.
 
     Raises:
-      NotImplementedError: blocks (two of each, for the pipeline), scratch and working exceed the limit.
+      NotImplementedError: blocks (two of each for the pipeline, or what pl.Buffered says), scratch and working exceed
+        the limit.
     """
     limit = VMEM if vmem is None else vmem
     outs = jax.tree.leaves(out_shape)
     blocks = [(spec, dtypes[n] if n < len(dtypes) else jnp.float32) for n, spec in enumerate(in_specs)]
     blocks += [(spec, out.dtype) for spec, out in zip(jax.tree.leaves(out_specs, is_leaf=_is_spec), outs)]
-    need = working + sum(2 * _bytes(spec.block_shape, dtype) for spec, dtype in blocks if spec.block_shape is not None)
+    need = working + sum(
+        _buffers(spec) * _bytes(spec.block_shape, dtype) for spec, dtype in blocks if spec.block_shape is not None
+    )
     need += sum(_bytes(s.shape, s.dtype) for s in scratch_shapes if hasattr(s, "shape") and hasattr(s, "dtype"))
     if need > limit or limit > MOST:
         raise NotImplementedError(
@@ -102,6 +105,11 @@ def refuse_float16(op: str, *arrays: jax.Array | None) -> None:
 
 def _is_spec(x):
     return isinstance(x, pl.BlockSpec)
+
+
+def _buffers(spec):
+    """Of a block: two for the pipeline, unless its BlockSpec says pl.Buffered(1)."""
+    return 2 if spec.pipeline_mode is None else spec.pipeline_mode.buffer_count
 
 
 def _bytes(shape, dtype):

@@ -1,4 +1,4 @@
-"""The kernels of the long convolution on TPU: a Fourier transform as two matrix products, there and back; README.md."""
+"""The Fourier transform of the long convolution's TPU kernels: two matrix products, in place; README.md."""
 
 import functools
 
@@ -7,131 +7,179 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from kernels_pallas import costs, mosaic_tpu
+from kernels_pallas.long_conv.tiles import COLUMNS, GROUP, LANES, TOGETHER
 
 
 @functools.lru_cache
-def tables(rows: int, columns: int) -> tuple[np.ndarray, ...]:
-    """Of N1 x N2 points: exp(-2 pi i n1 k1 / N1) for n1 < N1/2 as [2 N1, N1/2], real above imaginary; its transpose;
-    exp(-2 pi i n2 k1 / N) as [2 N1 N2]; exp(-2 pi i n2 k2 / N2) as [N2, 2 N2], real beside imaginary."""
-    k1, n1 = np.arange(rows)[:, None], np.arange(rows // 2)[None]
-    n2 = np.arange(columns)
-    one = np.exp(-2j * np.pi * (n1 * k1 % rows) / rows)
-    turn = np.exp(-2j * np.pi * (k1 * n2[None]) / (rows * columns))
-    two = np.exp(-2j * np.pi * (n2[:, None] * n2[None] % columns) / columns)
-    one = np.concatenate([one.real, one.imag], 0)
-    found = one, one.T, np.stack([turn.real, turn.imag]), np.concatenate([two.real, two.imag], 1)
-    return tuple(np.ascontiguousarray(x, np.float32) for x in found)
+def tables(rows: int, parts: int) -> tuple[np.ndarray, ...]:
+    """For N = N1 N2 points, each as `parts` bfloat16 tables side by side, real above imaginary:
+
+    exp(-2 pi i (k1 + 1/4) (n1 / N1 + 8 a / N)) as [N2/8, 2 N1, N1], the transform over n1 for the columns 8 a + b;
+    its conjugate transpose over N; exp(-2 pi i k2 n2 / N2) as the [2 N2, 2 N2] that takes real and imaginary parts to
+    such; its conjugate; and exp(-2 pi i (k1 + 1/4) b / N) as [2 N1, 8] float32.
+    """
+    points = rows * COLUMNS
+    a, k, n, b = np.arange(COLUMNS // GROUP), np.arange(rows), np.arange(rows), np.arange(GROUP)
+    turns = (4 * k[:, None] + 1) * (COLUMNS * n + GROUP * a[:, None, None])  # of 4 N, so without rounding
+    one = _unit(turns, 4 * points)
+    one = np.concatenate([one.real, one.imag], 1)
+    two = _unit(np.outer(np.arange(COLUMNS), np.arange(COLUMNS)), COLUMNS)
+    two = np.block([[two.real, -two.imag], [two.imag, two.real]])
+    turn = _unit((4 * k[:, None] + 1) * b, 4 * points)
+    split = (_split(x, parts) for x in (one, one.swapaxes(1, 2) / points, two, two.T))
+    return *split, np.concatenate([turn.real, turn.imag], 0).astype(np.float32)
 
 
-def forward(plan, x, spectrum, constants, length):
-    """y as x [B D N1/2 N2], B even."""
-    batch, width = x.shape[:2]
-    pair, spectra, fixed = _specs(plan)
-    cost = costs.long_conv_products(batch, length, width, factors=(plan.rows, plan.columns), itemsize=x.dtype.itemsize)
-    return mosaic_tpu.call(
-        functools.partial(_forward_kernel, plan=plan),
-        name="long_conv_forward",
-        grid=(width // plan.channels, batch // 2),
-        in_specs=[pair, spectra, *fixed],
-        out_specs=pair,
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        semantics=("parallel", "parallel"),
-        cost=cost.estimate(),
-        interpret=plan.interpret,
-        working=16 * plan.rows * plan.columns * 4,
-        dtypes=[x.dtype],
-    )(x, spectrum, *constants)
+def _unit(turns, whole):
+    return np.exp(-2j * np.pi * (turns % whole) / whole)
 
 
-def backward(plan, x, dy, spectrum, constants, length):
-    """dx as x, and sum over the batch of conj(X) dY as [2 D N1 N2], as the spectrum."""
-    batch, width = x.shape[:2]
-    pair, spectra, fixed = _specs(plan)
-    size = {"factors": (plan.rows, plan.columns), "itemsize": x.dtype.itemsize}
-    one = costs.long_conv_products(batch, length, width, **size)
-    return mosaic_tpu.call(
-        functools.partial(_backward_kernel, plan=plan),
-        name="long_conv_backward",
-        grid=(width // plan.channels, batch // 2),
-        in_specs=[pair, pair, spectra, *fixed],
-        out_specs=[pair, spectra],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(spectrum.shape, jnp.float32)],
-        semantics=("parallel", "arbitrary"),
-        cost=costs.Cost(1.5 * one.flops, 1.5 * one.bytes).estimate(),
-        interpret=plan.interpret,
-        working=16 * plan.rows * plan.columns * 4,
-        dtypes=[x.dtype, dy.dtype],
-    )(x, dy, spectrum, *constants)
+def _split(x, parts):
+    """x as the sum of bfloat16 numbers, side by side."""
+    found = []
+    for _ in range(parts):
+        found.append(x.astype(jnp.bfloat16))
+        x = x - found[-1].astype(np.float64)
+    return np.ascontiguousarray(np.concatenate(found, -1))
 
 
-def _specs(plan):
-    """Of two rows of x, of the spectra, of the constants."""
-    rows, columns, channels = plan.rows, plan.columns, plan.channels
-    pair = pl.BlockSpec((2, channels, rows // 2, columns), lambda d, b: (b, d, 0, 0))
-    spectra = pl.BlockSpec((2, channels, rows, columns), lambda d, b: (0, d, 0, 0))
-    shapes = (2 * rows, rows // 2), (rows // 2, 2 * rows), (2, rows, columns), (columns, 2 * columns)
-    return pair, spectra, [pl.BlockSpec(shape, functools.partial(_whole, len(shape))) for shape in shapes]
+def _rounded(x):
+    """x (float32) to 8 significant bits, by its own bits: XLA may leave out a conversion there and back."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jax.lax.bitcast_convert_type((bits + 0x8000) & ~0xFFFF, jnp.float32)
 
 
-def _whole(axes, d, b):
-    return (0,) * axes
-
-
-def _dot(a, b):
-    return jax.lax.dot_general(
-        a, b, (((1,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
-
-
-def transform(real, imaginary, one, turn, two):
-    """The transform of real + i imaginary [N1/2 N2], the other half being 0: its parts [N1 N2]."""
-    rows, columns = turn.shape[1:]
-    found = _dot(one[...], jnp.concatenate([real, imaginary], 1))  # [2 N1, 2 N2]
-    a = found[:rows, :columns] - found[rows:, columns:]
-    b = found[rows:, :columns] + found[:rows, columns:]
-    a, b = turn[0] * a - turn[1] * b, turn[0] * b + turn[1] * a
-    found = _dot(jnp.concatenate([a, b], 0), two[...])
-    return found[:rows, :columns] - found[rows:, columns:], found[:rows, columns:] + found[rows:, :columns]
-
-
-def inverse(a, b, back, turn, two):
-    """The first half of the inverse transform of a + i b, times N: its parts [N1/2 N2]."""
-    rows, columns = turn.shape[1:]
-    found = _dot(jnp.concatenate([a, b], 0), two[...])
-    a, b = found[:rows, :columns] + found[rows:, columns:], found[rows:, :columns] - found[:rows, columns:]
-    a, b = turn[0] * a + turn[1] * b, turn[0] * b - turn[1] * a
-    both = jnp.concatenate([jnp.concatenate([a, b], 1), jnp.concatenate([b, -a], 1)], 0)
-    found = _dot(back[...], both)
-    return found[:, :columns], found[:, columns:]
-
-
-def _forward_kernel(x_ref, spectrum_ref, one, back, turn, two, y_ref, *, plan):
-    def channel(c, carry):
-        a, b = transform(x_ref[0, c].astype(jnp.float32), x_ref[1, c].astype(jnp.float32), one, turn, two)
-        f, g = spectrum_ref[0, c], spectrum_ref[1, c]
-        a, b = inverse(f * a - g * b, f * b + g * a, back, turn, two)
-        y_ref[0, c], y_ref[1, c] = a.astype(y_ref.dtype), b.astype(y_ref.dtype)
-        return carry
-
-    jax.lax.fori_loop(0, plan.channels, channel, 0)
-
-
-def _backward_kernel(x_ref, dy_ref, spectrum_ref, one, back, turn, two, dx_ref, products_ref, *, plan):
-    @pl.when(pl.program_id(1) == 0)
-    def _():
-        products_ref[...] = jnp.zeros(products_ref.shape, jnp.float32)
-
-    def channel(c, carry):
-        x, dy = (
-            transform(ref[0, c].astype(jnp.float32), ref[1, c].astype(jnp.float32), one, turn, two)
-            for ref in (x_ref, dy_ref)
+def product(table, x, parts, exact=False):
+    """table [M K] of `parts` bfloat16 numbers times x [K N] float32, split alike; pairs below the last part are left
+    out. exact: x holds bfloat16 numbers."""
+    inner, total = x.shape[0], None
+    for n in range(1 if exact else parts):
+        part = x if exact or n == parts - 1 else _rounded(x)
+        x = x - part
+        part = part.astype(jnp.bfloat16)
+        again = parts - n
+        found = jax.lax.dot_general(
+            table[:, : again * inner],
+            jnp.concatenate([part] * again, 0),
+            (((1,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
         )
-        products_ref[0, c] += x[0] * dy[0] + x[1] * dy[1]
-        products_ref[1, c] += x[0] * dy[1] - x[1] * dy[0]
-        f, g = spectrum_ref[0, c], spectrum_ref[1, c]
-        a, b = inverse(f * dy[0] + g * dy[1], f * dy[1] - g * dy[0], back, turn, two)
-        dx_ref[0, c], dx_ref[1, c] = a.astype(dx_ref.dtype), b.astype(dx_ref.dtype)
+        total = found if total is None else total + found
+    return total
+
+
+def beside(parts):
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
+
+
+def lanes(x):
+    """The pieces of 128 lanes."""
+    return [x[:, n : n + LANES] for n in range(0, x.shape[1], LANES)]
+
+
+def spread(turn, out, rows):
+    """turn [2 N1, 8] to out [8, 2 N1, lanes], each number along all lanes."""
+    for b in range(GROUP):
+        out[b] = jnp.broadcast_to(turn[:, b : b + 1], (2 * rows, LANES))
+
+
+def load(read, length, plane, rows):
+    """The tokens of `read(slice)` to a plane [N1 N2, lanes] float32, zeros behind the last one."""
+    whole, rest = divmod(length, COLUMNS)
+
+    def copy(n, carry):
+        at = pl.ds(pl.multiple_of(n * COLUMNS, COLUMNS), COLUMNS)
+        plane[at] = read(at).astype(jnp.float32)
         return carry
 
-    jax.lax.fori_loop(0, plan.channels, channel, 0)
+    def clear(n, carry):
+        plane[pl.ds(pl.multiple_of(n * COLUMNS, COLUMNS), COLUMNS)] = jnp.zeros((COLUMNS, LANES), jnp.float32)
+        return carry
+
+    if whole:
+        jax.lax.fori_loop(0, whole, copy, 0)
+    if whole < rows:
+        jax.lax.fori_loop(whole, rows, clear, 0)
+    if rest:
+        at = pl.ds(whole * COLUMNS, rest)
+        plane[at] = read(at).astype(jnp.float32)
+
+
+def store(plane, length, write):
+    """The plane's first tokens, given to `write(slice, tokens)`."""
+    whole, rest = divmod(length, COLUMNS)
+
+    def copy(n, carry):
+        at = pl.ds(pl.multiple_of(n * COLUMNS, COLUMNS), COLUMNS)
+        write(at, plane[at])
+        return carry
+
+    if whole:
+        jax.lax.fori_loop(0, whole, copy, 0)
+    if rest:
+        at = pl.ds(whole * COLUMNS, rest)
+        write(at, plane[at])
+
+
+def first(planes, one, turn, plan, exact):
+    """Over n1, in place: tokens in planes[0] to row k1 of the column n2, turned by exp(-2 pi i (k1 + 1/4) n2 / N)."""
+    real, imaginary = planes
+    rows = plan.rows
+
+    def columns(n, carry):
+        at = [pl.ds(n * TOGETHER + m, rows, stride=COLUMNS) for m in range(TOGETHER)]
+        b = (n * TOGETHER) & (GROUP - 1)
+        x = beside([real[s] for s in at])
+        found = product(one[(n * TOGETHER) >> (GROUP.bit_length() - 1)], x, plan.parts, exact)
+        for m, x in enumerate(lanes(found)):
+            u, v = turn[b + m, :rows], turn[b + m, rows:]
+            real[at[m]] = u * x[:rows] - v * x[rows:]
+            imaginary[at[m]] = v * x[:rows] + u * x[rows:]
+        return carry
+
+    jax.lax.fori_loop(0, COLUMNS // TOGETHER, columns, 0)
+
+
+def last(planes, back, turn, plan):
+    """The inverse of `first`, the real part alone, in planes[0]."""
+    real, imaginary = planes
+    rows = plan.rows
+
+    def columns(n, carry):
+        at = [pl.ds(n * TOGETHER + m, rows, stride=COLUMNS) for m in range(TOGETHER)]
+        b = (n * TOGETHER) & (GROUP - 1)
+        x = []
+        for m, s in enumerate(at):
+            u, v = turn[b + m, :rows], turn[b + m, rows:]
+            x.append(jnp.concatenate([u * real[s] + v * imaginary[s], u * imaginary[s] - v * real[s]], 0))
+        found = product(back[(n * TOGETHER) >> (GROUP.bit_length() - 1)], beside(x), plan.parts)
+        for m, x in enumerate(lanes(found)):
+            real[at[m]] = x
+        return carry
+
+    jax.lax.fori_loop(0, COLUMNS // TOGETHER, columns, 0)
+
+
+def second(planes, at, two, plan):
+    """Over n2, of the rows `at`: [2 N2, lanes of each], real above imaginary."""
+    x = beside([jnp.concatenate([planes[0][s], planes[1][s]], 0) for s in at])
+    return product(two[...], x, plan.parts)
+
+
+def put(planes, at, x):
+    for s, piece in zip(at, lanes(x)):
+        planes[0][s], planes[1][s] = piece[:COLUMNS], piece[COLUMNS:]
+
+
+def get(planes, at):
+    return beside([planes[0][s] for s in at]), beside([planes[1][s] for s in at])
+
+
+def by_rows(plan, step):
+    """step(slices of the planes) of a few rows after the other."""
+
+    def turn(n, carry):
+        step([pl.ds(pl.multiple_of((n * TOGETHER + m) * COLUMNS, COLUMNS), COLUMNS) for m in range(TOGETHER)])
+        return carry
+
+    jax.lax.fori_loop(0, plan.rows // TOGETHER, turn, 0)
