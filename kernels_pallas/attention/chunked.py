@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kernels_pallas import dispatch
 from kernels_pallas.attention import tiles
 from kernels_pallas.attention.gathered import attention_band, attention_table, split_rows
+from kernels_pallas.precision import exact_for
 
 NEVER = -jnp.inf  # the score of a key that is not visible
 
@@ -281,6 +282,7 @@ def _scaled(plan: Plan, q):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0)
+@exact_for(lambda plan, args: (args["q"], args["k"], args["v"]))
 def _attend(plan: Plan, args):
     """The running softmax: m the largest score so far, total and y the sums of exp(score - m) and of that times v."""
     v = args["v"]
@@ -336,6 +338,7 @@ def _forward(plan: Plan, args):
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@exact_for(lambda plan, saved, _: (saved[0]["q"], saved[0]["k"], saved[0]["v"]))
 def _backward(plan: Plan, saved, cotangents):
     """With P = exp(scores - lse): dV = P^T dY; dscores = P (dY V^T - rowsum(dY y) + dlse); dQ, dK, dbias from it.
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.attention import tiles
+from kernels_pallas.precision import exact_for
 
 NEVER = -jnp.inf  # the score of a key that is not visible
 
@@ -259,6 +260,7 @@ def _scaled(plan: Plan, q):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0)
+@exact_for(lambda plan, args: (args["q"], args["k"], args["v"]))
 def _attend(plan: Plan, args):
     """Every query sees all its keys in one tile, so the softmax needs no running maximum."""
     v = args["v"]
@@ -298,6 +300,7 @@ def _forward(plan: Plan, args):
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@exact_for(lambda plan, saved, _: (saved[0]["q"], saved[0]["k"], saved[0]["v"]))
 def _backward(plan: Plan, saved, cotangents):
     """chunked._backward with one tile a block of queries; the keys' gradients are added up over the blocks."""
     args, y, lse = saved

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas.precision import exact
+
 SPLITS = 8  # at most; the largest power of two that divides S
 
 
@@ -36,8 +38,8 @@ def decode_attention_chunked(
 
 def _product(form, a, b):
     dtype = jnp.result_type(a, b)
-    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return jnp.einsum(form, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32, precision=exact)
+    with exact(a, b):
+        return jnp.einsum(form, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 
 def visible(lengths: Int[Array, " B"], keys: int, window: int | None) -> Bool[Array, "B S"]:

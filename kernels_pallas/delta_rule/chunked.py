@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from kernels_pallas import blocks, dispatch
+from kernels_pallas.precision import HIGHEST, exact_for
 
 # By platform; None: any that is not a CPU, by reasoning and not measured (linear_attention/chunked.py).
 CHUNK = {"cpu": 64, None: 64}  # tokens without a decay, a power of two
@@ -73,6 +74,7 @@ def _backward(cut, chunk, saved, cotangents):
 _delta.defvjp(_forward, _backward)
 
 
+@exact_for(lambda chunk, state, inputs: (inputs["q"], inputs["k"], inputs["v"]))
 def _block(chunk, state, inputs):
     """The chunks of a block: their writes from the state before each, then what they read."""
     x = _split(chunk, inputs)
@@ -81,6 +83,7 @@ def _block(chunk, state, inputs):
     return last, _join(_read(x["q"], x["k"], decay, states, updates))
 
 
+@exact_for(lambda chunk, state, inputs, *_: (inputs["q"], inputs["k"], inputs["v"]))
 def _block_backward(chunk, state, inputs, dy, dlast):
     """The gradients of the state before the block and of its inputs; the chunks' states are made again."""
     x, pull_split = jax.vjp(functools.partial(_split, chunk), inputs)
@@ -135,9 +138,9 @@ def _decay(g):
     g = jnp.maximum(g, FORGET)
     size = g.shape[-1]
     within = jnp.tril(jnp.ones((size, size), jnp.float32))  # [t i]: i <= t
-    since_start = jnp.einsum("ti,...i->...t", within, g)
-    to_end = jnp.einsum("is,...i->...s", within - jnp.eye(size), g)
-    between = jnp.einsum("...ti,is->...ts", within * g[..., None, :], jnp.tril(within, -1))
+    since_start = jnp.einsum("ti,...i->...t", within, g, precision=HIGHEST)
+    to_end = jnp.einsum("is,...i->...s", within - jnp.eye(size), g, precision=HIGHEST)
+    between = jnp.einsum("...ti,is->...ts", within * g[..., None, :], jnp.tril(within, -1), precision=HIGHEST)
     pairs = jnp.where(within > 0, jnp.exp(between), 0.0)
     return pairs, jnp.exp(since_start)[..., None], jnp.exp(to_end)[..., None]
 
@@ -220,4 +223,4 @@ def _below(size, half):
 
 
 def _dot(a, b):
-    return jnp.matmul(a, b, precision="highest")
+    return jnp.matmul(a, b, precision=HIGHEST)

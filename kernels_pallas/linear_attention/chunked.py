@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from kernels_pallas import blocks, dispatch
+from kernels_pallas.precision import HIGHEST, exact_for
 
 # By platform; None: any that is not a CPU. Those are by reasoning and not measured: products of 128 fill a GPU's matrix
 # units, and 8K tokens are some 2000 of them a step at 16 heads, where a loop's step costs several launches.
@@ -75,6 +76,7 @@ def _backward(cut, chunk, saved, cotangents):
 _attend.defvjp(_forward, _backward)
 
 
+@exact_for(lambda state, inputs: inputs[:3])
 def _block(state, inputs, *, chunk):
     """The chunks of a block: pairs inside each, the state before each, and y = weights v + (q exp(since)) S."""
     q, k, v, g = jax.tree.map(lambda x: _chunks(x, chunk), inputs)  # [B N H C *], g None without decay
@@ -107,9 +109,10 @@ def _scalar_decay(q, k, g):
     """Pairs times exp(g_{s+1} + ... + g_t), [.. C C]; sums of g since the start and until the end, [.. C 1]."""
     size = g.shape[-1]
     within = np.tri(size, dtype=np.float32)  # [t i]: i <= t
-    since = jnp.einsum("ti,...i->...t", within, g)
-    until = jnp.einsum("is,...i->...s", np.tri(size, k=-1, dtype=np.float32), g)
-    between = jnp.einsum("...ti,is->...ts", within * g[..., None, :], np.tri(size, k=-1, dtype=np.float32))
+    since = jnp.einsum("ti,...i->...t", within, g, precision=HIGHEST)
+    after = np.tri(size, k=-1, dtype=np.float32)  # [i s]: i > s
+    until = jnp.einsum("is,...i->...s", after, g, precision=HIGHEST)
+    between = jnp.einsum("...ti,is->...ts", within * g[..., None, :], after, precision=HIGHEST)
     pairs = jnp.einsum("...tk,...sk->...ts", q, k) * jnp.where(within > 0, jnp.exp(between), 0.0)
     return pairs, since[..., None], until[..., None]
 
@@ -126,11 +129,11 @@ def _vector_decay(q, k, g):
     q, k, g = (x.reshape(*lead, size // few, few, width) for x in (q, k, g))
     order = np.arange(few)
     select = (order[None, None] > order[None, :, None]) & (order[None, None] <= order[:, None, None])  # [t s i]
-    between = jnp.einsum("tsi,...ik->...tsk", select.astype(np.float32), g)
+    between = jnp.einsum("tsi,...ik->...tsk", select.astype(np.float32), g, precision=HIGHEST)
     decay = jnp.where(np.tri(few, dtype=bool)[..., None], jnp.exp(between), 0.0)
     pairs = jnp.einsum("...tk,...sk,...tsk->...ts", q, k, decay)
-    since = jnp.einsum("ti,...ik->...tk", np.tri(few, dtype=np.float32), g)
-    until = jnp.einsum("is,...ik->...sk", np.tri(few, k=-1, dtype=np.float32), g)
+    since = jnp.einsum("ti,...ik->...tk", np.tri(few, dtype=np.float32), g, precision=HIGHEST)
+    until = jnp.einsum("is,...ik->...sk", np.tri(few, k=-1, dtype=np.float32), g, precision=HIGHEST)
     while few < size:
         halves = lambda x: jnp.moveaxis(x.reshape(*lead, -1, 2, *x.shape[-2:]), -3, 0)  # noqa: E731
         (q0, q1), (k0, k1), (since0, since1), (until0, until1) = map(halves, (q, k, since, until))
