@@ -35,3 +35,22 @@ def decays(g):
     coarse, fine = jnp.cumsum(coarse, -1), jnp.cumsum(g - coarse, -1)
     until = (coarse[..., -1:] - coarse) + (fine[..., -1:] - fine)
     return jnp.stack([coarse, fine, jnp.exp(coarse + fine), jnp.exp(until)], -2)
+
+
+def decay_gradient(parts, whole, rows):
+    """dg [B T H] from the products of each factor that g enters and the factor's gradient.
+
+    g_i lies between the pairs with s < i <= t, before the queries t >= i, after the keys s < i.
+
+    Args:
+      parts: [B N H 4 C]: of the pairs summed over s and over t, of the queries, of the keys.
+      whole: [B N H K], of the states before and after a chunk, which the whole chunk lies between.
+      rows: as `decays` gave them.
+    """
+    later, earlier, queries, keys = jnp.moveaxis(parts, 3, 0)  # [B N H C]
+    up = queries + later - earlier
+    up = jnp.cumsum(up[..., ::-1], -1)[..., ::-1]
+    down = jnp.cumsum(keys, -1) - keys
+    dg = up + down + (whole.sum(-1) * rows[..., SINCE, -1])[..., None]
+    batch, _, heads, _ = dg.shape
+    return dg.swapaxes(2, 3).reshape(batch, -1, heads)

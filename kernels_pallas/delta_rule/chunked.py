@@ -149,9 +149,13 @@ def _transform(k, v, beta, decay):
     """A chunk's writes in terms of the state before it: U = values - erase S,  S' = kept S + keys^T U."""
     pairs, since_start, to_end = (1.0, jnp.ones((*k.shape[:-1], 1)), 1.0) if decay is None else decay
     beta = beta[..., None]
-    among = jnp.tril(beta * (k @ jnp.swapaxes(k, -1, -2)) * pairs, -1)  # [* t s]: what write s adds to the read of k_t
-    erase, values = _solve(among, (beta * since_start * k, beta * v))
+    erase, values = _solve(_among(k, beta, pairs), (beta * since_start * k, beta * v))
     return erase, values, to_end * k, since_start[..., -1:, :]
+
+
+def _among(k, beta, pairs):
+    """[* t s]: what write s adds to the read of k_t, times beta_t [* C 1]."""
+    return jnp.tril(beta * (k @ jnp.swapaxes(k, -1, -2)) * pairs, -1)
 
 
 def _write(state, given):

@@ -1,19 +1,21 @@
-"""The delta rule on GPU (Pallas Mosaic GPU, Hopper), forward. README.md has the derivation.
+"""The delta rule on GPU (Pallas Mosaic GPU, Hopper): padding and the gradient rule. README.md has the derivation.
 
 XLA makes what does not need the state, for all chunks at once: the inverse of each chunk's triangle and with it the
-writes in terms of the state, values - erase S. The kernel carries the state through the chunks. The backward pass is
-that of `chunked`, which starts again from the inputs; there is no kernel for it. Checked by interpretation and by
-lowering to a CUDA module only: no figure of speed is known yet.
+writes in terms of the state, values - erase S. The kernels carry the state, and its gradient, through the chunks.
+Checked by interpretation and by lowering to a CUDA module only: no figure of speed is known yet.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from kernels_pallas import costs, dispatch, mosaic_gpu
-from kernels_pallas.delta_rule import chunked
+from kernels_pallas.delta_rule import chunked, pallas_gpu_backward, pallas_gpu_backward_states
+from kernels_pallas.delta_rule.pallas_gpu_backward import backward
+from kernels_pallas.delta_rule.pallas_gpu_backward_states import backward_states
 from kernels_pallas.delta_rule.pallas_gpu_forward import Plan, forward, need
 from kernels_pallas.gpu_decay import CHUNK, FORGET, decays
 
@@ -36,42 +38,31 @@ def delta_rule_gpu(
       interpret: as mosaic_gpu.call; None as the context says.
 
     Raises:
-      NotImplementedError: other dtypes than bfloat16 and float16, devices other than Hopper, or keys wider than 256.
+      NotImplementedError: other dtypes than bfloat16 and float16, devices other than Hopper, or heads too
+        wide for registers or shared memory.
     """
     mosaic_gpu.refuse("delta_rule", dispatch.device_kind(), q, k, v)
-    width = -(-q.shape[-1] // 64) * 64
+    width, deep = (-(-x.shape[-1] // 64) * 64 for x in (q, v))
     if width > 256:
         raise NotImplementedError(f"delta_rule: K {width} > 256: the state would not fit into registers")
     columns = 64 if width <= 128 else 32  # the state's part of a block: at most 64 registers a thread
     mosaic_gpu.refuse_bytes("delta_rule_forward", need(width, columns))
+    mosaic_gpu.refuse_bytes("delta_rule_backward_states", pallas_gpu_backward_states.need(width, columns))
+    mosaic_gpu.refuse_bytes("delta_rule_backward", pallas_gpu_backward.need(width, deep))
     mode = mosaic_gpu.interpreted() if interpret is None else mosaic_gpu.parameters(interpret)
-    return _jitted(Plan(columns, log_decay is not None, mode), q, k, v, beta, log_decay, state)
+    return _padded(Plan(columns, log_decay is not None, mode), q, k, v, beta, log_decay, state)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _jitted(plan: Plan, *args):
-    return _delta(plan, *args)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _delta(plan: Plan, q, k, v, beta, log_decay, state):
-    gates = () if log_decay is None else (log_decay,)
-    return mosaic_gpu.over_rows(functools.partial(_forward, plan))(q, k, v, beta, state, *gates)
-
-
-def _forward(plan: Plan, q, k, v, beta, state, *gates):
-    (batch, length, heads, width), deep = q.shape, v.shape[-1]
-    more, keys, columns = -length % CHUNK, -width % 64, -deep % 64
-    q, k, v, beta = (_fill(x, 0, more, 0, *end) for x, end in ((q, [keys]), (k, [keys]), (v, [columns]), (beta, [])))
-    g = _fill(jnp.maximum(gates[0].astype(jnp.float32), FORGET), 0, more, 0) if gates else None
-    with jax.default_matmul_precision("highest"):  # a GPU's default rounds float32 to 10 bits, sums of decays too
-        x = chunked._split(CHUNK, {"k": k, "v": v, "beta": beta, "g": g})
-        erase, values, _, _ = chunked._transform(x["k"], x["v"], x["beta"], chunked._decay(x["g"]))
-    erase, values = (chunked._join(part).astype(v.dtype) for part in (erase, values))
-    sizes = (batch, length, heads, width, deep)
-    cost = costs.delta_rule(*sizes, chunk=CHUNK, gated=plan.decay, itemsize=q.dtype.itemsize).estimate()
-    rows = None if g is None else decays(g)
-    y, last = forward(plan, q, k, erase, values, rows, _fill(state, 0, 0, keys, columns), cost=cost)
+def _padded(plan: Plan, q, k, v, beta, g, state):
+    """Fills up lengths and widths with zeros, which write nothing and decay nothing, and cuts the results."""
+    (_, length, _, width), deep = q.shape, v.shape[-1]
+    more, keys, values = -length % CHUNK, -width % 64, -deep % 64
+    q, k, v = _fill(q, 0, more, 0, keys), _fill(k, 0, more, 0, keys), _fill(v, 0, more, 0, values)
+    arrays = [q, k, v, _fill(beta.astype(jnp.float32), 0, more, 0), _fill(state, 0, 0, keys, values)]
+    if g is not None:
+        arrays.append(_fill(jnp.maximum(g.astype(jnp.float32), FORGET), 0, more, 0))
+    y, last = _delta(plan, *arrays)
     return y[:, :length, :, :deep], last[:, :, :width, :deep]
 
 
@@ -79,9 +70,54 @@ def _fill(x, *ends):
     return jnp.pad(x, [(0, end) for end in ends]) if any(ends) else x
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _delta(plan: Plan, q, k, v, beta, state, *g):
+    return _forward(plan, q, k, v, beta, state, *g, save=False)
+
+
+def _forward(plan: Plan, q, k, v, beta, state, *g, save):
+    def run(q, k, v, beta, state, *g):
+        with jax.default_matmul_precision("highest"):  # a GPU's default rounds float32 to 10 bits
+            x = chunked._split(CHUNK, {"k": k, "v": v, "beta": beta, "g": g[0] if g else None})
+            erase, values, _, _ = chunked._transform(x["k"], x["v"], x["beta"], chunked._decay(x["g"]))
+        erase, values = (chunked._join(part).astype(v.dtype) for part in (erase, values))
+        rows = decays(g[0]) if g else None
+        return tuple(forward(plan, q, k, erase, values, rows, state, save=save, cost=_cost(plan, q, v, False)))
+
+    return mosaic_gpu.over_rows(run)(q, k, v, beta, state, *g)
+
+
+def _save(plan: Plan, q, k, v, beta, state, *g):
+    y, last, updates, states = _forward(plan, q, k, v, beta, state, *g, save=True)
+    return (y, last), (q, k, v, beta, updates, states, *g)
+
+
 def _backward(plan: Plan, saved, cotangents):
     dy, dlast = cotangents
-    return jax.vjp(chunked.delta_rule_chunked, *saved)[1]((dy.astype(jnp.float32), dlast))
+
+    def run(q, k, v, beta, updates, states, dy, dlast, *g):
+        with jax.default_matmul_precision("highest"):
+            x = chunked._split(CHUNK, {"k": k, "beta": beta, "g": g[0] if g else None})
+            decay = chunked._decay(x["g"])
+            triangle = chunked._among(x["k"], x["beta"][..., None], 1.0 if decay is None else decay[0])
+            inverse = chunked._join(chunked._inverse(triangle)).astype(q.dtype)
+        rows, cost = decays(g[0]) if g else None, _cost(plan, q, v, True)
+        each = beta.reshape(beta.shape[0], -1, CHUNK, beta.shape[2]).swapaxes(2, 3)  # [B N H C]
+        dscaled, dstates, dfirst = backward_states(plan, q, k, inverse, dy, each, rows, dlast, cost=cost)
+        grads = backward(plan, q, k, v, updates, dscaled, dy, each, rows, states, dstates, cost=cost)
+        return *grads, dfirst
+
+    q, k, v, beta, updates, states, *g = saved
+    dq, dk, dv, dbeta, *dg, dstate = mosaic_gpu.over_rows(run)(q, k, v, beta, updates, states, dy, dlast, *g)
+    return dq, dk, dv, dbeta, dstate, *dg
 
 
-_delta.defvjp(lambda plan, *args: (_delta(plan, *args), args), _backward)
+_delta.defvjp(_save, _backward)
+
+
+def _cost(plan: Plan, q, v, backward: bool) -> pl.CostEstimate:
+    """Of the forward kernel, or of each of the two backward kernels: half of what both do."""
+    sizes, size = (*q.shape, v.shape[-1]), q.dtype.itemsize
+    cost = costs.delta_rule(*sizes, chunk=CHUNK, gated=plan.decay, itemsize=size, backward=backward)
+    part = 0.5 if backward else 1.0
+    return costs.Cost(cost.flops * part, cost.bytes * part, cost.transcendentals * part).estimate()

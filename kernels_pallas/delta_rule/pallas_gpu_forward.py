@@ -24,19 +24,24 @@ class Plan(NamedTuple):
     interpret: mosaic_gpu.Interpret
 
 
-def forward(plan: Plan, q, k, erase, values, rows, state, *, cost: pl.CostEstimate):
-    """y in the dtype of values and the last state.
+def forward(plan: Plan, q, k, erase, values, rows, state, *, save: bool, cost: pl.CostEstimate):
+    """y in the dtype of values, the last state, and with `save` the updates U [B T H V] and the states before each
+    chunk [B N H K V], which the backward pass multiplies as the forward pass did.
 
     q, k, erase [B T H K], values [B T H V], state [B H K V] float32; rows [B N H 4 C] of gpu_decay, or None.
     """
     (batch, length, heads, width), n = q.shape, plan.columns
     chunks, dtype = length // CHUNK, values.dtype
     stages = min(STAGES, chunks)
+    out = [jax.ShapeDtypeStruct(values.shape, dtype), jax.ShapeDtypeStruct(state.shape, jnp.float32)]
+    if save:
+        out.append(jax.ShapeDtypeStruct(values.shape, dtype))
+        out.append(jax.ShapeDtypeStruct((batch, chunks, *state.shape[1:]), dtype))
     return mosaic_gpu.call(
-        functools.partial(_kernel, plan=plan, chunks=chunks),
+        functools.partial(_kernel, plan=plan, chunks=chunks, save=save),
         name="delta_rule_forward",
         grid={"columns": values.shape[-1] // n, "heads": heads, "rows": batch},
-        out_type=(jax.ShapeDtypeStruct(values.shape, dtype), jax.ShapeDtypeStruct(state.shape, jnp.float32)),
+        out_type=tuple(out),
         scratch=_scratch(stages, width, n, dtype, plan.decay),
         cost=cost,
         interpret=plan.interpret,
@@ -62,8 +67,8 @@ def _scratch(stages, width, n, dtype, decay):
     }
 
 
-def _kernel(q_ref, k_ref, erase_ref, values_ref, *rest, plan: Plan, chunks: int, **s):
-    *rows_ref, first_ref, y_ref, last_ref = rest
+def _kernel(q_ref, k_ref, erase_ref, values_ref, *rest, plan: Plan, chunks: int, save: bool, **s):
+    rows_ref, (first_ref, y_ref, last_ref, *saved) = rest[: int(plan.decay)], rest[int(plan.decay) :]
     b, h = lax.axis_index("rows"), lax.axis_index("heads")
     columns = pl.ds(lax.axis_index("columns") * plan.columns, plan.columns)
     stages, dtype = s["k_s"].shape[0], values_ref.dtype
@@ -87,6 +92,8 @@ def _kernel(q_ref, k_ref, erase_ref, values_ref, *rest, plan: Plan, chunks: int,
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's outputs have left
         s["low_s"][...] = state.astype(dtype)
         plgpu.commit_smem()
+        if save:
+            plgpu.copy_smem_to_gmem(s["low_s"], saved[1].at[b, i, h, :, columns])
         plgpu.barrier_wait(s["arrived"].at[slot])
         q_s, k_s = s["q_s"].at[slot], s["k_s"].at[slot]
         rows_s: Any = s["rows_s"].at[slot] if plan.decay else None
@@ -99,6 +106,8 @@ def _kernel(q_ref, k_ref, erase_ref, values_ref, *rest, plan: Plan, chunks: int,
             total, since = rows_s[SINCE, CHUNK - 1], by_row(rows_s.at[SINCE])
             s["scaled_s"][...] = (updates * across(by_row(rows_s.at[UNTIL]), shape)).astype(dtype)
         plgpu.commit_smem()  # after the last read of this chunk's arrays: the next ones overwrite them
+        if save:
+            plgpu.copy_smem_to_gmem(s["updates_s"], saved[0].at[b, pl.ds(i * CHUNK, CHUNK), h, columns])
         if plan.decay:
             y = product(shape, (q_s, s["low_s"])) * across(since, shape) + product(
                 shape, (s["pairs_s"], s["updates_s"])

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import mosaic_gpu
-from kernels_pallas.gpu_decay import CHUNK, SINCE, UNTIL, between
+from kernels_pallas.gpu_decay import CHUNK, SINCE, UNTIL, between, decay_gradient
 from kernels_pallas.linear_attention.pallas_gpu_forward import Plan
 from kernels_pallas.mosaic_gpu import across, by_row, load, product, tile, transposed
 
@@ -38,7 +38,7 @@ def backward(plan: Plan, q, k, v, dy, rows, states, dstates, *, cost: pl.CostEst
         cost=cost,
         interpret=plan.interpret,
     )(*(q, k, v, dy, states, dstates), *([rows] if plan.decay else []))
-    return dq, dk, dv, *([_decay_gradient(parts[0], parts[1], rows)] if plan.decay else [])
+    return dq, dk, dv, *([decay_gradient(parts[0], parts[1], rows)] if plan.decay else [])
 
 
 def need(keys: int, values: int, decay: bool) -> int:
@@ -141,14 +141,3 @@ def _give(shared, value, ref):
     shared[...] = value.astype(shared.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(shared, ref)
-
-
-def _decay_gradient(parts, whole, rows):
-    """dg [B T H]: g_i lies between the pairs with s < i <= t, before the queries t >= i, after the keys s < i."""
-    later, earlier, queries, keys = jnp.moveaxis(parts, 3, 0)  # [B N H C]
-    up = queries + later - earlier
-    up = jnp.cumsum(up[..., ::-1], -1)[..., ::-1]
-    down = jnp.cumsum(keys, -1) - keys
-    dg = up + down + (whole.sum(-1) * rows[..., SINCE, -1])[..., None]
-    batch, _, heads, _ = dg.shape
-    return dg.swapaxes(2, 3).reshape(batch, -1, heads)
