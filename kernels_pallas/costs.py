@@ -29,11 +29,10 @@ class Cost:
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.flops + other.flops, self.bytes + other.bytes, self.transcendentals + other.transcendentals)
 
-    def estimate(self) -> pl.CostEstimate:
-        """For pallas_call."""
-        return pl.CostEstimate(
-            flops=round(self.flops), bytes_accessed=round(self.bytes), transcendentals=round(self.transcendentals)
-        )
+    def estimate(self, kernels: int = 1) -> pl.CostEstimate:
+        """For pallas_call; for each one of so many kernels that share the work."""
+        flops, moved, transcendentals = (x / kernels for x in (self.flops, self.bytes, self.transcendentals))
+        return pl.CostEstimate(flops=round(flops), bytes_accessed=round(moved), transcendentals=round(transcendentals))
 
     def seconds(self, flops: float, bandwidth: float) -> float:
         """The roofline's floor on a device of so many FLOP/s and bytes/s."""

@@ -125,7 +125,9 @@ _attend.defvjp(_save, _backward)
 
 
 def _cost(plan: Plan, q, v, table, backward: bool):
+    """Of the forward kernel, or of each of the two backward kernels."""
     batch, _, heads, width = q.shape
     scores = float(table[1].shape[1] * table[1].shape[2] * TILE**2)
     sizes = (batch, heads, v.shape[2], plan.queries, plan.keys, width, v.shape[3])
-    return costs.attention(*sizes, scores=scores, itemsize=q.dtype.itemsize, backward=backward, fused=False).estimate()
+    cost = costs.attention(*sizes, scores=scores, itemsize=q.dtype.itemsize, backward=backward, fused=False)
+    return cost.estimate(2 if backward else 1)

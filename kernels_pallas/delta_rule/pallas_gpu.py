@@ -19,6 +19,8 @@ from kernels_pallas.delta_rule.pallas_gpu_backward_states import backward_states
 from kernels_pallas.delta_rule.pallas_gpu_forward import Plan, forward, need
 from kernels_pallas.gpu_decay import CHUNK, FORGET, decays
 
+COLUMNS = 64  # of the values, a block: its part of the state is at most 64 registers a thread
+
 
 def delta_rule_gpu(
     q: Float[Array, "B T H K"],
@@ -43,14 +45,13 @@ def delta_rule_gpu(
     """
     mosaic_gpu.refuse("delta_rule", dispatch.device_kind(), q, k, v)
     width, deep = (-(-x.shape[-1] // 64) * 64 for x in (q, v))
-    if width > 256:
-        raise NotImplementedError(f"delta_rule: K {width} > 256: the state would not fit into registers")
-    columns = 64 if width <= 128 else 32  # the state's part of a block: at most 64 registers a thread
-    mosaic_gpu.refuse_bytes("delta_rule_forward", need(width, columns))
-    mosaic_gpu.refuse_bytes("delta_rule_backward_states", pallas_gpu_backward_states.need(width, columns))
+    if width > 128:
+        raise NotImplementedError(f"delta_rule: K {width} > 128: the state would not fit into registers; use 'chunked'")
+    mosaic_gpu.refuse_bytes("delta_rule_forward", need(width, COLUMNS))
+    mosaic_gpu.refuse_bytes("delta_rule_backward_states", pallas_gpu_backward_states.need(width, COLUMNS))
     mosaic_gpu.refuse_bytes("delta_rule_backward", pallas_gpu_backward.need(width, deep))
     mode = mosaic_gpu.interpreted() if interpret is None else mosaic_gpu.parameters(interpret)
-    return _padded(Plan(columns, log_decay is not None, mode), q, k, v, beta, log_decay, state)
+    return _padded(Plan(COLUMNS, log_decay is not None, mode), q, k, v, beta, log_decay, state)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -116,8 +117,7 @@ _delta.defvjp(_save, _backward)
 
 
 def _cost(plan: Plan, q, v, backward: bool) -> pl.CostEstimate:
-    """Of the forward kernel, or of each of the two backward kernels: half of what both do."""
+    """Of the forward kernel, or of each of the two backward kernels."""
     sizes, size = (*q.shape, v.shape[-1]), q.dtype.itemsize
     cost = costs.delta_rule(*sizes, chunk=CHUNK, gated=plan.decay, itemsize=size, backward=backward)
-    part = 0.5 if backward else 1.0
-    return costs.Cost(cost.flops * part, cost.bytes * part, cost.transcendentals * part).estimate()
+    return cost.estimate(2 if backward else 1)

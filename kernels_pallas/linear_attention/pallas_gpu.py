@@ -15,6 +15,8 @@ from kernels_pallas.gpu_decay import CHUNK, FORGET, decays
 from kernels_pallas.linear_attention.pallas_gpu_backward import backward, need
 from kernels_pallas.linear_attention.pallas_gpu_forward import Plan, forward, states_backward
 
+COLUMNS = 64  # of the values, a block: its part of the state is at most 64 registers a thread
+
 
 def linear_attention_gpu(
     q: Float[Array, "B T H K"],
@@ -44,11 +46,12 @@ def linear_attention_gpu(
         )
     mode = mosaic_gpu.interpreted() if interpret is None else mosaic_gpu.parameters(interpret)
     key_width, value_width = _width(q.shape[-1]), _width(v.shape[-1])
-    if key_width > 256:
-        raise NotImplementedError(f"linear_attention: K {key_width} > 256: the state would not fit into registers")
+    if key_width > 128:
+        raise NotImplementedError(
+            f"linear_attention: K {key_width} > 128: the state would not fit into registers; use 'chunked'"
+        )
     mosaic_gpu.refuse_bytes("linear_attention_backward", need(key_width, value_width, log_decay is not None))
-    columns = 64 if key_width <= 128 else 32  # the state's part of a block: at most 64 registers a thread
-    return _padded(Plan(columns, log_decay is not None, mode), q, k, v, log_decay, state)
+    return _padded(Plan(COLUMNS, log_decay is not None, mode), q, k, v, log_decay, state)
 
 
 def _width(size):
@@ -109,8 +112,9 @@ _attend.defvjp(_save, _backward)
 
 
 def _cost(q, v, plan: Plan, backward: bool) -> pl.CostEstimate:
+    """Of the forward kernel, or of each of the two backward kernels."""
     batch, length, heads, width = q.shape
     decay, size = "head" if plan.decay else None, q.dtype.itemsize
     return costs.linear_attention(
         *(batch, length, heads, width, v.shape[-1]), chunk=CHUNK, decay=decay, itemsize=size, backward=backward
-    ).estimate()
+    ).estimate(2 if backward else 1)

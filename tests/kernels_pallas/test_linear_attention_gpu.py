@@ -125,8 +125,8 @@ def test_lowers_for_hopper(decay, widths):
     [
         ({"dtype": "float32"}, (64, 64), "NVIDIA H200", "bfloat16 or float16.*10 bits"),
         ({"decay": "channel"}, (64, 64), "NVIDIA H200", "one decay a head"),
-        ({}, (256, 256), "NVIDIA H200", "KiB of shared memory"),
-        ({}, (512, 64), "NVIDIA H200", "registers"),
+        ({}, (128, 256), "NVIDIA H200", "KiB of shared memory"),
+        ({}, (129, 64), "NVIDIA H200", "registers"),
         ({}, (64, 64), "NVIDIA A100-SXM4-80GB", "compute capability 9.0"),
     ],
 )
