@@ -17,6 +17,7 @@ class Plan(NamedTuple):
 
     rows: int  # N1
     parts: int  # bfloat16 numbers that a factor of a product is split into
+    at_once: int  # products a turn of a loop
     single: bool  # one buffer for each row instead of two: what VMEM holds
     interpret: Any
 
@@ -25,13 +26,13 @@ def long_conv_tpu(
     x: Float[Array, "B T D"],
     filter: Float[Array, "S D"],
     *,
-    parts: int | None = None,
+    at_once: int | None = None,
     interpret: mosaic_tpu.Interpret | None = None,
 ) -> Float[Array, "B T D"]:
     """y (float32, but rounded to the dtype of x) of api.long_conv. Saved: the inputs.
 
     Args:
-      parts: bfloat16 numbers that a factor of a product is split into; None as tiles.py says.
+      at_once: independent products a turn of a loop: 1, 2, 4 or 8; None as tiles.py says.
       interpret: as mosaic_tpu.call; None as the context says.
 
     Raises:
@@ -44,7 +45,7 @@ def long_conv_tpu(
         )
     mode = mosaic_tpu.interpreted() if interpret is None else interpret
     wide = x.dtype == jnp.float32 and x.shape[1] > tiles.LONGEST // 2
-    plan = Plan(tiles.rows(x.shape[1]), parts or tiles.SPLIT[x.dtype.name], wide, mode)
+    plan = Plan(tiles.rows(x.shape[1]), tiles.SPLIT[x.dtype.name], at_once or tiles.AT_ONCE, wide, mode)
     return _arranged(plan, x, filter).astype(jnp.float32)
 
 

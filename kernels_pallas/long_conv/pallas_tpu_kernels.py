@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import costs, mosaic_tpu
 from kernels_pallas.long_conv import pallas_tpu_transform as fourier
-from kernels_pallas.long_conv.tiles import COLUMNS, GROUP, LANES
+from kernels_pallas.long_conv.tiles import COLUMNS, GROUP, LANES, PITCH
 
 
 def forward(plan, x, filter):
@@ -85,7 +85,7 @@ def _whole(axes, d, b):
 
 
 def _scratch(plan, planes):
-    plane = pltpu.VMEM((plan.rows * COLUMNS, LANES), jnp.float32)
+    plane = pltpu.VMEM((plan.rows * PITCH, LANES), jnp.float32)
     return [plane] * planes + [pltpu.VMEM((GROUP, 2 * plan.rows, LANES), jnp.float32)]
 
 
@@ -93,7 +93,7 @@ def _spectrum(ref, planes, one, two, turns, plan):
     """The filter's transform, into planes."""
     fourier.load(lambda at: ref[at], ref.shape[0], planes[0], plan.rows)
     fourier.first(planes, one, turns, plan, exact=ref.dtype == jnp.bfloat16)
-    fourier.by_rows(plan, lambda at: fourier.put(planes, at, fourier.second(planes, at, two, plan)))
+    fourier.by_rows(plan, lambda at: fourier.second(planes, at, two, plan), [planes])
 
 
 def _transform_rows(ref, planes, one, turns, plan):
@@ -118,14 +118,11 @@ def _forward_kernel(x, filter, one, back, two, owt, turn, y, real, imaginary, f,
     _transform_rows(x, planes, one, turns, plan)
 
     def multiply(at):
-        found = fourier.second(planes, at, two, plan)
-        a, b = found[:COLUMNS], found[COLUMNS:]
+        a, b = fourier.halves(fourier.second(planes, at, two, plan))
         u, v = fourier.get((f, g), at)
-        fourier.put(
-            planes, at, fourier.product(owt[...], jnp.concatenate([u * a - v * b, u * b + v * a], 0), plan.parts)
-        )
+        return jnp.concatenate([u * a - v * b, u * b + v * a], 0)
 
-    fourier.by_rows(plan, multiply)
+    fourier.by_rows(plan, multiply, [planes], owt)
     fourier.last(planes, back, turns, plan)
     _write_row(y, real)
 
@@ -138,37 +135,32 @@ def _backward_kernel(x, dy, filter, one, back, two, owt, turn, dx, dfilter, *scr
     def _():
         fourier.spread(turn[...], turns, plan.rows)
         _spectrum(filter, spectrum, one, two, turns, plan)
-
-        def clear(at):
-            for s in at:
-                total[0][s] = total[1][s] = jnp.zeros((COLUMNS, LANES), jnp.float32)
-
-        fourier.by_rows(plan, clear)
+        for plane in total:
+            fourier.clear(plane, 0, plan.rows)
 
     _transform_rows(x, planes, one, turns, plan)
     _transform_rows(dy, cotangent, one, turns, plan)
 
     def multiply(at):
-        z, w = fourier.second(planes, at, two, plan), fourier.second(cotangent, at, two, plan)
-        (a, b), (c, d) = ((z[:COLUMNS], z[COLUMNS:]) for z in (z, w))
+        a, b = fourier.halves(fourier.second(planes, at, two, plan))
+        c, d = fourier.halves(fourier.second(cotangent, at, two, plan))
         u, v = fourier.get(total, at)
-        fourier.put(total, at, jnp.concatenate([u + a * c + b * d, v + a * d - b * c], 0))
+        both = jnp.concatenate([u + a * c + b * d, v + a * d - b * c], 0)
         u, v = fourier.get(spectrum, at)
-        z = jnp.concatenate([u * c + v * d, u * d - v * c], 0)
-        fourier.put(cotangent, at, fourier.product(owt[...], z, plan.parts))
+        return jnp.concatenate([u * c + v * d, u * d - v * c], 0), both
 
-    fourier.by_rows(plan, multiply)
+    fourier.by_rows(plan, multiply, [cotangent, total], owt)
     fourier.last(cotangent, back, turns, plan)
     _write_row(dx, cotangent[0])
 
     @pl.when(pl.program_id(1) == batch - 1)
     def _():
         def invert(at):
-            fourier.put(total, at, fourier.product(owt[...], jnp.concatenate(fourier.get(total, at), 0), plan.parts))
+            return jnp.concatenate(fourier.get(total, at), 0)
 
         def write(at, x):
             dfilter[at] = x.astype(dfilter.dtype)
 
-        fourier.by_rows(plan, invert)
+        fourier.by_rows(plan, invert, [total], owt)
         fourier.last(total, back, turns, plan)
         fourier.store(total[0], dfilter.shape[0], write)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from kernels_pallas.long_conv.tiles import COLUMNS, GROUP, LANES, TOGETHER
+from kernels_pallas.long_conv.tiles import COLUMNS, GROUP, LANES, PITCH, TOGETHER
 
 
 @functools.lru_cache
@@ -72,6 +72,11 @@ def beside(parts):
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
 
 
+def halves(x):
+    """Real and imaginary part."""
+    return x[: x.shape[0] // 2], x[x.shape[0] // 2 :]
+
+
 def lanes(x):
     """The pieces of 128 lanes."""
     return [x[:, n : n + LANES] for n in range(0, x.shape[1], LANES)]
@@ -84,102 +89,122 @@ def spread(turn, out, rows):
 
 
 def load(read, length, plane, rows):
-    """The tokens of `read(slice)` to a plane [N1 N2, lanes] float32, zeros behind the last one."""
+    """The tokens of `read(slice)` to a plane [N1 PITCH, lanes] float32, zeros behind the last one."""
     whole, rest = divmod(length, COLUMNS)
+    clear(plane, whole, rows)
 
-    def copy(n, carry):
-        at = pl.ds(pl.multiple_of(n * COLUMNS, COLUMNS), COLUMNS)
-        plane[at] = read(at).astype(jnp.float32)
-        return carry
+    def copy(n):
+        plane[pl.ds(n * PITCH, COLUMNS)] = read(_tokens(n)).astype(jnp.float32)
 
-    def clear(n, carry):
-        plane[pl.ds(pl.multiple_of(n * COLUMNS, COLUMNS), COLUMNS)] = jnp.zeros((COLUMNS, LANES), jnp.float32)
-        return carry
-
-    if whole:
-        jax.lax.fori_loop(0, whole, copy, 0)
-    if whole < rows:
-        jax.lax.fori_loop(whole, rows, clear, 0)
+    _loop(whole, copy)
     if rest:
-        at = pl.ds(whole * COLUMNS, rest)
-        plane[at] = read(at).astype(jnp.float32)
+        plane[pl.ds(whole * PITCH, rest)] = read(pl.ds(whole * COLUMNS, rest)).astype(jnp.float32)
 
 
 def store(plane, length, write):
     """The plane's first tokens, given to `write(slice, tokens)`."""
     whole, rest = divmod(length, COLUMNS)
 
-    def copy(n, carry):
-        at = pl.ds(pl.multiple_of(n * COLUMNS, COLUMNS), COLUMNS)
-        write(at, plane[at])
+    def copy(n):
+        write(_tokens(n), plane[pl.ds(n * PITCH, COLUMNS)])
+
+    _loop(whole, copy)
+    if rest:
+        write(pl.ds(whole * COLUMNS, rest), plane[pl.ds(whole * PITCH, rest)])
+
+
+def clear(plane, first, rows):
+    """Zeros in the rows from `first` on."""
+
+    def row(n):
+        plane[pl.ds((first + n) * PITCH, COLUMNS)] = jnp.zeros((COLUMNS, LANES), jnp.float32)
+
+    _loop(rows - first, row)
+
+
+def _tokens(n):
+    return pl.ds(pl.multiple_of(n * COLUMNS, COLUMNS), COLUMNS)
+
+
+def _loop(turns, step):
+    def turn(n, carry):
+        step(n)
         return carry
 
-    if whole:
-        jax.lax.fori_loop(0, whole, copy, 0)
-    if rest:
-        at = pl.ds(whole * COLUMNS, rest)
-        write(at, plane[at])
+    if turns > 0:
+        jax.lax.fori_loop(0, turns, turn, 0)
 
 
 def first(planes, one, turn, plan, exact):
     """Over n1, in place: tokens in planes[0] to row k1 of the column n2, turned by exp(-2 pi i (k1 + 1/4) n2 / N)."""
-    real, imaginary = planes
-    rows = plan.rows
 
-    def columns(n, carry):
-        at = [pl.ds(n * TOGETHER + m, rows, stride=COLUMNS) for m in range(TOGETHER)]
-        b = (n * TOGETHER) & (GROUP - 1)
-        x = beside([real[s] for s in at])
-        found = product(one[(n * TOGETHER) >> (GROUP.bit_length() - 1)], x, plan.parts, exact)
+    def columns(at, group, b):
+        found = product(one[group], beside([planes[0][s] for s in at]), plan.parts, exact)
+        turned = []
         for m, x in enumerate(lanes(found)):
-            u, v = turn[b + m, :rows], turn[b + m, rows:]
-            real[at[m]] = u * x[:rows] - v * x[rows:]
-            imaginary[at[m]] = v * x[:rows] + u * x[rows:]
-        return carry
+            (u, v), (x, y) = halves(turn[b + m]), halves(x)
+            turned.append((u * x - v * y, v * x + u * y))
+        return turned
 
-    jax.lax.fori_loop(0, COLUMNS // TOGETHER, columns, 0)
+    _by_columns(plan, columns, planes)
 
 
 def last(planes, back, turn, plan):
     """The inverse of `first`, the real part alone, in planes[0]."""
     real, imaginary = planes
-    rows = plan.rows
 
-    def columns(n, carry):
-        at = [pl.ds(n * TOGETHER + m, rows, stride=COLUMNS) for m in range(TOGETHER)]
-        b = (n * TOGETHER) & (GROUP - 1)
-        x = []
+    def columns(at, group, b):
+        turned = []
         for m, s in enumerate(at):
-            u, v = turn[b + m, :rows], turn[b + m, rows:]
-            x.append(jnp.concatenate([u * real[s] + v * imaginary[s], u * imaginary[s] - v * real[s]], 0))
-        found = product(back[(n * TOGETHER) >> (GROUP.bit_length() - 1)], beside(x), plan.parts)
-        for m, x in enumerate(lanes(found)):
-            real[at[m]] = x
-        return carry
+            (u, v), x, y = halves(turn[b + m]), real[s], imaginary[s]
+            turned.append(jnp.concatenate([u * x + v * y, u * y - v * x], 0))
+        return [(x,) for x in lanes(product(back[group], beside(turned), plan.parts))]
 
-    jax.lax.fori_loop(0, COLUMNS // TOGETHER, columns, 0)
+    _by_columns(plan, columns, planes)
+
+
+def _by_columns(plan, step, planes):
+    """step(slices of a few columns, their group and their place in it) gives what the planes hold there after it."""
+
+    def turn(n):
+        found = []
+        for m in range(plan.at_once):  # all are read before any is written: nothing waits
+            column = (n * plan.at_once + m) * TOGETHER
+            at = [pl.ds(column + i, plan.rows, stride=PITCH) for i in range(TOGETHER)]
+            found.append((at, step(at, column >> (GROUP.bit_length() - 1), column & (GROUP - 1))))
+        for at, columns in found:
+            for s, parts in zip(at, columns):
+                for plane, part in zip(planes, parts):
+                    plane[s] = part
+
+    _loop(COLUMNS // TOGETHER // plan.at_once, turn)
 
 
 def second(planes, at, two, plan):
     """Over n2, of the rows `at`: [2 N2, lanes of each], real above imaginary."""
-    x = beside([jnp.concatenate([planes[0][s], planes[1][s]], 0) for s in at])
-    return product(two[...], x, plan.parts)
-
-
-def put(planes, at, x):
-    for s, piece in zip(at, lanes(x)):
-        planes[0][s], planes[1][s] = piece[:COLUMNS], piece[COLUMNS:]
+    return product(two[...], jnp.concatenate(get(planes, at), 0), plan.parts)
 
 
 def get(planes, at):
-    return beside([planes[0][s] for s in at]), beside([planes[1][s] for s in at])
+    return tuple(beside([plane[s] for s in at]) for plane in planes)
 
 
-def by_rows(plan, step):
-    """step(slices of the planes) of a few rows after the other."""
+def by_rows(plan, step, outputs, table=None):
+    """step(slices of a few rows) gives what each pair of planes among `outputs` holds there after it, the first times
+    the table, if there is one."""
 
-    def turn(n, carry):
-        step([pl.ds(pl.multiple_of((n * TOGETHER + m) * COLUMNS, COLUMNS), COLUMNS) for m in range(TOGETHER)])
-        return carry
+    def turn(n):
+        found = []
+        for m in range(plan.at_once):
+            row = (n * plan.at_once + m) * TOGETHER
+            at = [pl.ds((row + i) * PITCH, COLUMNS) for i in range(TOGETHER)]
+            x = step(at)
+            found.append((at, x if isinstance(x, tuple) else (x,)))
+        if table is not None:
+            found = [(at, (product(table[...], x, plan.parts), *more)) for at, (x, *more) in found]
+        for at, results in found:
+            for planes, x in zip(outputs, results):
+                for s, piece in zip(at, lanes(x)):
+                    planes[0][s], planes[1][s] = halves(piece)
 
-    jax.lax.fori_loop(0, plan.rows // TOGETHER, turn, 0)
+    _loop(plan.rows // TOGETHER // plan.at_once, turn)
