@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from arch.ops.ssm import geometric_sum, starts, two_sided_conv
 from kernels_pallas.linear_recurrence import linear_recurrence
 from kernels_pallas.long_conv import long_conv
+from kernels_pallas.precision import exact
 
 
 def coefficients(
@@ -49,4 +50,5 @@ def _by_recurrence(x: Array, log_q: Array, into: Array, out: Array, segment_ids:
     fed = (x[..., None] * into).reshape(batch, length, -1)
     h, _ = linear_recurrence(jnp.exp(log_q).ravel(), fed, reset=starts(segment_ids, reverse), reverse=reverse)
     h = (h - fed if reverse else h).reshape(batch, length, width, -1)
-    return jnp.einsum("btdn,dn->btd", h, out)
+    with exact(h):
+        return jnp.einsum("btdn,dn->btd", h, out)

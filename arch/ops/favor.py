@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from arch.ops.segments import first_tokens
+from kernels_pallas.precision import exact
 
 LOWEST = -1e30  # the running maximum before any token: finite, so that differences of it are
 
@@ -54,7 +55,8 @@ def drawn_rows(key: Array, features: int, width: int, orthogonal: bool, scaling:
 
 def project(x: Float[Array, "B T H K"], rows: Float[Array, "M K"]) -> Float[Array, "B T H M"]:
     """w.x in float32."""
-    return jnp.einsum("bthk,mk->bthm", x.astype(jnp.float32), jnp.asarray(rows))
+    with exact(x):
+        return jnp.einsum("bthk,mk->bthm", x.astype(jnp.float32), jnp.asarray(rows))
 
 
 def query_features(q: Float[Array, "B T H K"], rows: Float[Array, "M K"], eps: float) -> Float[Array, "B T H M"]:

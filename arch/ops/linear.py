@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from arch.ops.segments import first_tokens
 from kernels_pallas.linear_attention import linear_attention
+from kernels_pallas.precision import exact
 
 Features = Literal["elu", "relu", "exp", "silu", "identity"]
 MOST = 30.0  # exponents of key features beyond +-MOST are cut: exp(30) = 1e13, its square times a long row is finite
@@ -86,11 +87,12 @@ def global_linear_attention(
     """
     if keep is not None:
         k = jnp.where(keep[:, :, None, None], k, 0)
-    out = v.dtype
-    q, k, v = (a.astype(jnp.float32) for a in (q, k, v))  # XLA's CPU cannot run every product of bf16 into float32
-    y = jnp.einsum("bthk,bhkv->bthv", q, jnp.einsum("bshk,bshv->bhkv", k, v))
-    if normalize:
-        y = _divide(y, jnp.einsum("bthk,bhk->bth", q, k.sum(1))[..., None])
+    out, given = v.dtype, (q, k, v)
+    q, k, v = (a.astype(jnp.float32) for a in given)  # XLA's CPU cannot run every product of bf16 into float32
+    with exact(*given):
+        y = jnp.einsum("bthk,bhkv->bthv", q, jnp.einsum("bshk,bshv->bhkv", k, v))
+        if normalize:
+            y = _divide(y, jnp.einsum("bthk,bhk->bth", q, k.sum(1))[..., None])
     return y.astype(out)
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Complex, Float, Inexact, Int
 from arch.ops.long_conv_nd import long_conv_nd
 from arch.ops.segments import first_tokens
 from kernels_pallas.linear_recurrence import linear_recurrence
+from kernels_pallas.precision import exact
 
 Rule = Literal["zoh", "bilinear"]
 
@@ -108,12 +109,14 @@ def starts(segment_ids: Int[Array, "B T"], reverse: bool) -> Bool[Array, "B T"]:
 
 def complex_product(x: Float[Array, "*B D"], matrix: Complex[Array, "N D"]) -> Complex[Array, "*B N"]:
     """matrix x for real x, as two real products."""
-    return jax.lax.complex(x @ matrix.real.T, x @ matrix.imag.T)
+    with exact(x):
+        return jax.lax.complex(x @ matrix.real.T, x @ matrix.imag.T)
 
 
 def real_product(h: Complex[Array, "*B N"], matrix: Complex[Array, "D N"]) -> Float[Array, "*B D"]:
     """Re(matrix h), as two real products."""
-    return h.real @ matrix.real.T - h.imag @ matrix.imag.T
+    with exact(h):
+        return h.real @ matrix.real.T - h.imag @ matrix.imag.T
 
 
 def as_complex(pair: Float[Array, "2 *n"]) -> Complex[Array, "*n"]:

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from arch.ops import ssm
+from arch.ops.favor import project
+from arch.ops.linear import global_linear_attention
 from kernels_pallas import dispatch
 from kernels_pallas.attention import api as attention_api
 from kernels_pallas.attention import attention
@@ -92,6 +95,17 @@ def test_every_implementation(name, monkeypatch):
         monkeypatch.setattr(api, "AUTO", (implementation,))
         with dispatch.target(platform, KINDS[platform]):
             assert not rounded(gradients(function), *args), implementation
+
+
+def test_ops_of_the_mixers():
+    """What the mixers add around the ops."""
+    ratio, into, out = (jax.ShapeDtypeStruct(shape, "complex64") for shape in ((16,), (16, 32), (32, 16)))
+    x = jax.ShapeDtypeStruct((2, 64, 32), "float32")
+    q, rows = jax.ShapeDtypeStruct((2, 64, 2, 16), "float32"), jax.ShapeDtypeStruct((24, 16), "float32")
+    with dispatch.target("cuda", "NVIDIA H200"):
+        assert not rounded(gradients(lambda x, r, i, o: ssm.diagonal_ssm(x, r, i, (o, o))), x, ratio, into, out)
+        assert not rounded(gradients(lambda q, k, v: global_linear_attention(q, k, v)), q, q, q)
+        assert not rounded(gradients(project), q, rows)
 
 
 def test_the_caller_may_ask_for_less():
