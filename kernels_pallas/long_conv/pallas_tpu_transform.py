@@ -62,6 +62,7 @@ def product(table, x, parts, exact=False):
             table[:, : again * inner],
             jnp.concatenate([part] * again, 0),
             (((1,), (0,)), ((), ())),
+            precision=jax.lax.Precision.DEFAULT,  # whatever jax_default_matmul_precision says: the numbers are bfloat16
             preferred_element_type=jnp.float32,
         )
         total = found if total is None else total + found
