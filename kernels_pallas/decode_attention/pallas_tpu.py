@@ -57,12 +57,14 @@ def decode_attention_tpu(
     batch, keys, groups, width = k_cache.shape
     deep = v_cache.shape[-1]
     size = max(k_cache.dtype.itemsize, v_cache.dtype.itemsize)
-    chunk = min(keys, chunk or tiles.keys_per_step(keys, groups * max(width, deep) * size))
+    lanes = [-(-n // LANES) * LANES for n in (width, deep)]  # what a row takes in VMEM
+    chunk = min(keys, chunk or tiles.keys_per_step(keys, groups * max(lanes) * size))
     steps = -(-keys // chunk)
     if window is not None:
         steps = min(steps, -(-(window - 1) // chunk) + 1)  # the most tiles that a window can lie in
     splits = splits or tiles.splits(batch, steps, dispatch.device_kind())
-    tile = 2 * chunk * groups * (width + deep) * size
+    columns = chunk * groups
+    tile = 2 * columns * sum(lanes) * size + 6 * -(-q.shape[1] // 8) * 8 * columns * 4  # two of each, and scores
     plan = Plan(
         groups=groups,
         width=width,
