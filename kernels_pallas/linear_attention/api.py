@@ -1,5 +1,6 @@
 """Linear attention: the public function, its checks and the choice of implementation."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,29 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "pallas_tpu": linear_attention_tpu,
     "pallas_gpu": linear_attention_gpu,  # not in AUTO until its time on a GPU is on record
 }
+
+
+def _with_column(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """normalize for an implementation without it: the sum of the keys is what comes of a column of ones in v."""
+
+    @functools.wraps(implementation)
+    def run(q: Array, k: Array, v: Array, log_decay: Array | None, state: Array) -> tuple[Array, Array]:
+        v = jnp.concatenate([v, jnp.ones((*v.shape[:3], 1), v.dtype)], -1)
+        y, state = implementation(q, k, v, log_decay, state)
+        y, total = y[..., :-1].astype(jnp.float32), y[..., -1:].astype(jnp.float32)
+        return jnp.where(total == 0, 0.0, y / jnp.where(total == 0, 1.0, total)), state
+
+    return run
+
+
+def _tpu_normalized(q: Array, k: Array, v: Array, log_decay: Array | None, state: Array) -> tuple[Array, Array]:
+    """In the kernel, but with a decay a channel."""
+    if log_decay is not None and log_decay.ndim == 4:
+        return _with_column(linear_attention_tpu)(q, k, v, log_decay, state)
+    return linear_attention_tpu(q, k, v, log_decay, state, normalize=True)
+
+
+NORMALIZED = {name: _with_column(run) for name, run in IMPLEMENTATIONS.items()} | {"pallas_tpu": _tpu_normalized}
 AUTO = {
     "tpu": ("pallas_tpu", "chunked"),
     "cpu": ("chunked",),
@@ -71,14 +95,12 @@ def linear_attention(
         extra = " (with normalize the last column carries the sum of the keys)" if normalize else ""
         raise ValueError(f"linear_attention: state {state.shape} must be {(batch, heads, width, columns)}{extra}")
     state = state.astype(jnp.float32)
-    if normalize:
-        v = jnp.concatenate([v, jnp.ones((*v.shape[:3], 1), v.dtype)], -1)
     if 0 in v.shape or width == 0:
         y = jnp.zeros(v.shape, jnp.float32)
     else:
         y, state = dispatch.call(
             "linear_attention",
-            IMPLEMENTATIONS,
+            NORMALIZED if normalize else IMPLEMENTATIONS,
             implementation,
             AUTO,
             *(q, k, v, log_decay, state),
@@ -88,7 +110,4 @@ def linear_attention(
             ),
             dtypes=(jnp.float32, jnp.float32),
         )
-    if normalize:
-        total = y[..., -1:]
-        y = jnp.where(total == 0, 0.0, y[..., :-1] / jnp.where(total == 0, 1.0, total))
     return y.astype(v.dtype), state

@@ -11,6 +11,7 @@ from kernels_pallas.linear_attention import tiles
 from kernels_pallas.linear_attention.pallas_tpu_backward import backward
 from kernels_pallas.linear_attention.pallas_tpu_chunk import FORGET
 from kernels_pallas.linear_attention.pallas_tpu_forward import forward
+from kernels_pallas.linear_attention.pallas_tpu_normalized import ROWS
 from kernels_pallas.linear_attention.tiles import Plan
 
 
@@ -19,16 +20,18 @@ def linear_attention_tpu(
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],
     log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | None,
-    state: Float[Array, "B H K V"],
+    state: Float[Array, "B H K W"],
     *,
+    normalize: bool = False,
     chunk: int | None = None,
     step: int | None = None,
     heads: int | None = None,
     interpret: mosaic_tpu.Interpret | None = None,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """y in the dtype of v and the last state of api.linear_attention, before any normalisation.
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K W"]]:
+    """y in the dtype of v and the last state of api.linear_attention.
 
     Args:
+      normalize: as there, W = V + 1; without it W = V. A decay a channel takes a column of ones instead.
       chunk: tokens that meet in one matrix product, a power of two from 16 to 512.
       step, heads: tokens and heads a grid step, at most; one state a step is kept for the backward pass.
       interpret: as mosaic_tpu.call; None as the context says.
@@ -39,6 +42,8 @@ def linear_attention_tpu(
     mosaic_tpu.refuse_float16("linear_attention", q, k, v)
     dtype = jnp.result_type(q, k, v)
     decay = None if log_decay is None else "head" if log_decay.ndim == 3 else "channel"
+    if normalize and decay == "channel":
+        raise NotImplementedError("linear_attention: normalize with a decay a channel; append a column of ones to v")
     plan = tiles.choose(
         q.shape,
         v.shape[-1],
@@ -48,6 +53,7 @@ def linear_attention_tpu(
         chunk=chunk,
         step=step,
         heads=heads,
+        normalize=normalize,
         interpret=mosaic_tpu.interpreted() if interpret is None else interpret,
     )
     y, last = _padded(plan, *(x.astype(dtype) for x in (q, k, v)), log_decay, state)
@@ -63,8 +69,17 @@ def _padded(plan: Plan, q, k, v, g, state):
     q, k, v = _fill(q, 0, more, 0, keys), _fill(k, 0, more, 0, keys), _fill(v, 0, more, 0, values)
     if g is not None:
         g = _fill(g, 0, more, 0, *([keys] if g.ndim == 4 else []))
-    y, last = _attend(plan, q, k, v, g, _fill(state.swapaxes(2, 3), 0, 0, values, keys))
-    return y[:, :length, :, :value_width], last[:, :, :value_width, :key_width].swapaxes(2, 3)
+    state = state.swapaxes(2, 3)
+    sums = state[:, :, value_width:]  # z, or nothing
+    state = _fill(state[:, :, :value_width], 0, 0, values, keys)
+    if plan.normalize:
+        state = jnp.concatenate([state, _fill(sums, 0, 0, ROWS - 1, keys)], 2)
+    y, last = _attend(plan, q, k, v, g, state)
+    memory = last[:, :, :value_width, :key_width]
+    if plan.normalize:
+        z = last[:, :, plan.value_width : plan.value_width + 1, :key_width]
+        memory = jnp.concatenate([memory, z], 2)
+    return y[:, :length, :, :value_width], memory.swapaxes(2, 3)
 
 
 def _fill(x, *ends):
@@ -84,16 +99,20 @@ def _forward(plan: Plan, q, k, v, g, state, save):
 
 def _save(plan: Plan, q, k, v, g, state):
     y, last, states = _forward(plan, q, k, v, g, state, save=True)
-    return (y, last), (q, k, v, g, states)
+    return (y, last), (q, k, v, y if plan.normalize else None, g, states)
 
 
 def _backward(plan: Plan, saved, cotangents):
-    q, k, v, g, states = saved
+    q, k, v, y, g, states = saved
     dy, dlast = cotangents
     cost = _cost(plan, q, v, backward=True)
     fewer = plan._replace(heads=plan.heads_backward)
     dq, dk, dv, dg, dstate = backward(
-        fewer, _flat(q), _flat(k), _flat(v), _flat(dy), _rows(plan, g), states, dlast, cost=cost
+        fewer,
+        *(_flat(q), _flat(k), _flat(v)),
+        None if y is None else _flat(y),
+        *(_flat(dy), _rows(plan, g), states, dlast),
+        cost=cost,
     )
     if plan.decay == "head":
         batch, heads = dg.shape[:2]

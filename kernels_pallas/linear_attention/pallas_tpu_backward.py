@@ -10,14 +10,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mosaic_tpu
 from kernels_pallas.linear_attention.pallas_tpu_chunk import dot, rows_columns, sums
+from kernels_pallas.linear_attention.pallas_tpu_normalized import next_state_normalized, normalized_backward
 from kernels_pallas.linear_attention.pallas_tpu_vector import next_state_vector, vector_backward
 from kernels_pallas.linear_attention.tiles import VMEM, WORKING, Plan
 
 
-def backward(plan: Plan, q, k, v, dy, g, states, dlast, *, cost: pl.CostEstimate):
+def backward(plan: Plan, q, k, v, y, dy, g, states, dlast, *, cost: pl.CostEstimate):
     """Gradients of q, k, v, g (None without decay) and of the first state [B H V K].
 
-    Layouts as in `forward`; states [B N H V K] are those before each grid step, dlast the last state's gradient.
+    Layouts as in `forward`; states [B N H V K] are those before each grid step, dlast the last state's gradient;
+    y the outputs, which plan.normalize alone needs, else None.
     """
     batch, length, _ = q.shape
     heads, size = dlast.shape[1], plan.chunk * plan.chunks
@@ -28,13 +30,13 @@ def backward(plan: Plan, q, k, v, dy, g, states, dlast, *, cost: pl.CostEstimate
     before = pl.BlockSpec((1, 1, n, *dlast.shape[2:]), lambda b, h, j: (b, steps - 1 - j, h, 0, 0))
     row = pl.BlockSpec((1, n, 1, 1, size), lambda b, h, j: (b, h, steps - 1 - j, 0, 0))
     decay = {None: [], "head": [row], "channel": [keys]}[plan.decay]
-    inputs = [q, k, v, dy, *([] if g is None else [g]), states, dlast]
+    inputs = [q, k, v, dy, *([] if y is None else [y]), *([] if g is None else [g]), states, dlast]
     outs = [q, k, v, *([] if g is None else [g]), dlast]
     dq, dk, dv, *dg, dstate = mosaic_tpu.call(
         functools.partial(_kernel, plan=plan, steps=steps),
         name="linear_attention_backward",
         grid=(batch, heads // n, steps),
-        in_specs=[keys, keys, values, values, *decay, before, whole],
+        in_specs=[keys, keys, values, values, *([] if y is None else [values]), *decay, before, whole],
         out_specs=[keys, keys, values, *decay, whole],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs],
         scratch_shapes=[
@@ -53,6 +55,7 @@ def backward(plan: Plan, q, k, v, dy, g, states, dlast, *, cost: pl.CostEstimate
 
 def _kernel(*refs, plan: Plan, steps: int):
     q_ref, k_ref, v_ref, dy_ref, *rest = refs
+    y_ref: Any = rest.pop(0) if plan.normalize else None
     g_ref: Any = rest.pop(0) if plan.decay else None
     before_ref, dlast_ref, dq_ref, dk_ref, dv_ref, *rest = rest
     dg_ref: Any = rest.pop(0) if plan.decay else None
@@ -76,7 +79,8 @@ def _kernel(*refs, plan: Plan, steps: int):
         for h in range(plan.heads):
             keys, values, decay = place(c, h)
             g = None if g_ref is None else g_ref[decay]
-            after = {None: _next_state, "head": _next_state_head, "channel": next_state_vector}[plan.decay]
+            after: Any = {None: _next_state, "head": _next_state_head, "channel": next_state_vector}[plan.decay]
+            after = next_state_normalized if plan.normalize else after
             states_ref[c + 1, h] = after(k_ref[keys], v_ref[values], g, states_ref[c, h])
 
     dstates = [dstate_ref[h] for h in range(plan.heads)]
@@ -85,7 +89,13 @@ def _kernel(*refs, plan: Plan, steps: int):
             keys, values, decay = place(c, h)
             q, k, v, dy = q_ref[keys], k_ref[keys], v_ref[values], dy_ref[values]
             state = states_ref[c, h]
-            if plan.decay is None:
+            if plan.normalize:
+                g = g_ref[decay] if plan.decay else None
+                args = (q, k, v, y_ref[values], dy, g, state, dstates[h])
+                dq, dk, dv, dg, dstates[h] = normalized_backward(*args)
+                if plan.decay:
+                    dg_ref[decay] = dg
+            elif plan.decay is None:
                 dq, dk, dv, dstates[h] = _plain(q, k, v, dy, state, dstates[h])
             elif plan.decay == "head":
                 dq, dk, dv, dg_ref[decay], dstates[h] = _head(q, k, v, dy, g_ref[decay], state, dstates[h])

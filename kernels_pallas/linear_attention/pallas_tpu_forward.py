@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mosaic_tpu
 from kernels_pallas.linear_attention.pallas_tpu_chunk import dot, rows_columns, sums
+from kernels_pallas.linear_attention.pallas_tpu_normalized import normalized_forward
 from kernels_pallas.linear_attention.pallas_tpu_vector import vector_forward
 from kernels_pallas.linear_attention.tiles import VMEM, WORKING, Plan
 
@@ -18,7 +19,8 @@ def forward(plan: Plan, q, k, v, g, state, *, save: bool, cost: pl.CostEstimate)
     """y [B T H*V] in the dtype of v, the last state [B H V K] and with `save` those before each grid step [B N H V K].
 
     q, k [B T H*K]; state [B H V K], with the key channels in the lanes; g None, float32 rows [B H N 1 L] of a decay a
-    head, or [B T H*K] of one a channel in any float dtype.
+    head, or [B T H*K] of one a channel in any float dtype. With plan.normalize y is divided, and the states have the
+    rows of z below those of the values.
     """
     batch, length, _ = q.shape
     heads, size = state.shape[1], plan.chunk * plan.chunks
@@ -69,7 +71,10 @@ def _kernel(*refs, plan: Plan, steps: int, save: bool):
             keys = slice(h * plan.key_width, (h + 1) * plan.key_width)
             values = slice(h * plan.value_width, (h + 1) * plan.value_width)
             q, k, v = q_ref[0, here, keys], k_ref[0, here, keys], v_ref[0, here, values]
-            if plan.decay is None:
+            if plan.normalize:
+                g = g_ref[0, h, 0, :, here] if plan.decay else None
+                y, states[h] = normalized_forward(q, k, v, g, states[h])
+            elif plan.decay is None:
                 y, states[h] = _plain(q, k, v, states[h])
             elif plan.decay == "head":
                 y, states[h] = _head(q, k, v, g_ref[0, h, 0, :, here], states[h])

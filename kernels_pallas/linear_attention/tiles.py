@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     value_width: int
     decay: str | None  # None, "head" or "channel"
     interpret: mosaic_tpu.Interpret
+    normalize: bool = False  # divide by z_t . q_t; with no decay or one a head
 
 
 def choose(
@@ -53,6 +54,7 @@ def choose(
     chunk: int | None = None,
     step: int | None = None,
     heads: int | None = None,
+    normalize: bool = False,
     interpret: mosaic_tpu.Interpret = False,
 ) -> Plan:
     """The plan for q of shape [B T H K] and values of that width on a device; what is None is chosen."""
@@ -69,7 +71,7 @@ def choose(
     most = min(HEADS, lanes // max(key_width, value_width))
     fewer = most // 2 if exact or decay == "channel" else most  # long programs, slow to compile
     forward, backward = (heads_together(count, key_width, value_width, heads or n) for n in (most, fewer))
-    return Plan(chunk, chunks, forward, backward, key_width, value_width, decay, interpret)
+    return Plan(chunk, chunks, forward, backward, key_width, value_width, decay, interpret, normalize)
 
 
 def width(size: int, heads: int) -> int:

@@ -98,13 +98,65 @@ def test_no_races(decay, capsys):
     assert "RACE" not in capsys.readouterr().out  # the detector itself only prints
 
 
-def test_normalized_by_the_public_function():
-    arrays = make_inputs(2, 40, 2, 5, 7, normalize=True)
+def check_normalized(arrays, *, mode=True, got=None, **options):
+    """Outputs and all gradients of the kernel with z beside the state, against the reference with a column of ones."""
+    dtype = str(arrays["q"].dtype)
+    kernel = functools.partial(linear_attention_tpu, normalize=True, interpret=mode, **options)
+    got = forward_and_grads(got or kernel, arrays)
+    want = functools.partial(linear_attention, normalize=True, implementation="ref")
+    want = forward_and_grads(want, {name: x.astype(jnp.float32) for name, x in arrays.items()})
+    for name in want:
+        assert rel_rms(got[name], want[name]) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("decay", [None, "head"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_normalized(dtype, decay):
+    """Padded tokens first, so that nothing divides, and in between; with a state and, in bfloat16, without."""
+    arrays = make_inputs(
+        2, 101, 4, 5, 7, decay=decay, dtype=dtype, strength=0.3, normalize=True, state=dtype != "bfloat16"
+    )
+    for here in (slice(0, 3), slice(50, 70)):
+        arrays["k"] = arrays["k"].at[:, here].set(0)
+    if dtype == "bfloat16":
+        arrays["state"] = jnp.zeros((2, 4, 5, 8))
+    check_normalized(arrays, **SMALL[decay])
+
+
+def test_normalized_one_token():
+    for decay in (None, "head"):
+        check_normalized(make_inputs(2, 1, 1, 5, 7, decay=decay, normalize=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [64, 512])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("decay", [None, "head"])
+def test_normalized_lengths(decay, dtype, length):
+    check_normalized(make_inputs(1, length, 2, 6, 5, decay=decay, dtype=dtype, strength=0.01, normalize=True))
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_normalized_by_the_public_function(decay):
+    """Packed rows are a decay of -inf; a decay a channel keeps the column of ones."""
+    arrays = make_inputs(2, 40, 2, 5, 7, decay=decay, strength=0.3, normalize=True)
     with mosaic_tpu.interpret():
         y, state = linear_attention(**arrays, normalize=True, implementation="pallas_tpu")
+        if decay == "head":
+            check_normalized(
+                arrays | {"log_decay": arrays["log_decay"].at[:, 20].set(-200.0)},
+                got=functools.partial(linear_attention, normalize=True, implementation="pallas_tpu"),
+            )
     want_y, want_state = by_loops(**arrays, normalize=True)
     assert rel_rms(y, want_y) < 1e-5
     assert rel_rms(state, want_state) < 1e-5
+
+
+def test_normalized_without_races(capsys):
+    mode = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    arrays = make_inputs(1, 40, 2, 8, 8, decay="head", strength=0.3, normalize=True)
+    check_normalized(arrays, mode=mode, chunk=16, step=16, heads=1)
+    assert "RACE" not in capsys.readouterr().out
 
 
 def test_transformations():
