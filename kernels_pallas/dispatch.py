@@ -88,13 +88,10 @@ def call(
       NotImplementedError: it refuses these inputs; with None, all in `auto` do, and each one's reason is given.
     """
     run = _Op(op, implementations, axes, dtypes)
+    check(op, implementations, implementation)
     if implementation is not None:
-        if implementation not in implementations:
-            near = difflib.get_close_matches(implementation, implementations, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise KeyError(f"{op} has no implementation {implementation!r}, only {sorted(implementations)}{hint}")
         if implementation in KERNELS or platform() is not None:
-            with _for(KERNELS.get(implementation)):
+            with _for(KERNELS.get(implementation, _branch.get())):
                 return run.named(implementation, args, kwargs)
         auto = {EVERYWHERE: (implementation,)}
     if not isinstance(auto, Mapping):
@@ -121,6 +118,14 @@ def call(
     auto = {"cpu": auto[EVERYWHERE], **auto}  # a form may differ on a CPU: it asks for the platform
     branches = {name: branch(name, names) for name, names in auto.items()}
     return jax.lax.platform_dependent(*(leaves[n] for n in traced), **branches)
+
+
+def check(op: str, implementations: Mapping[str, Callable[..., Any]], implementation: str | None) -> None:
+    """Raises KeyError if no implementation has that name: for inputs so empty that none is called."""
+    if implementation is not None and implementation not in implementations:
+        near = difflib.get_close_matches(implementation, implementations, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise KeyError(f"{op} has no implementation {implementation!r}, only {sorted(implementations)}{hint}")
 
 
 @contextmanager

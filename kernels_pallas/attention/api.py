@@ -87,7 +87,7 @@ def attention(  # type: ignore[misc]  # the options of the overloads are those b
     keys, groups = k.shape[1:3]
     if groups == 0 or heads % groups:
         raise ValueError(f"attention: {groups} key heads do not divide {heads} query heads")
-    if k.shape[-1] != width or v.shape[:3] != k.shape[:3]:
+    if len(k) != batch or k.shape[-1] != width or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit")
     if causal and keys < queries:
         raise ValueError(f"attention: causal needs at least as many keys as queries, got T={queries} and S={keys}")
@@ -106,6 +106,12 @@ def attention(  # type: ignore[misc]  # the options of the overloads are those b
         if segment_ids is not None and keys != queries:
             raise ValueError(f"attention: T={queries} and S={keys} differ, so segment_ids must be a pair")
         q_segments = k_segments = segment_ids
+    if (q_segments is None) != (k_segments is None):
+        raise ValueError("attention: segment_ids needs the ids of both, queries and keys, or None")
+    told = ("keep", keep, keys), ("segment_ids", q_segments, queries), ("segment_ids of the keys", k_segments, keys)
+    for name, marks, length in told:
+        if marks is not None and marks.shape != (batch, length):
+            raise ValueError(f"attention: {name} {marks.shape} must be {(batch, length)}")
     if block_mask is not None:
         block_mask = _block_mask(block_mask, heads, queries, keys)
     if bias is not None:
@@ -113,6 +119,7 @@ def attention(  # type: ignore[misc]  # the options of the overloads are those b
         if bias.ndim != 4 or any(n not in (1, m) for n, m in zip(bias.shape, full)):
             raise ValueError(f"attention: bias {bias.shape} does not broadcast to [B H T S] = {full}")
     if 0 in (batch, queries, heads, keys):  # nothing to attend: zeros, as for any query without a visible key
+        dispatch.check("attention", IMPLEMENTATIONS, implementation)
         y = jnp.zeros((batch, queries, heads, v.shape[-1]), v.dtype)
         return (y, jnp.full((batch, queries, heads), -jnp.inf, jnp.float32)) if return_lse else y
     with jax.named_scope("attention"):  # for profiles and counts of FLOPs

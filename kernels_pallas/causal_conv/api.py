@@ -54,16 +54,22 @@ def causal_conv(
       ValueError: shapes that do not fit. KeyError: unknown implementation.
       NotImplementedError: refused; the message gives the reason.
     """
-    batch, _, width = x.shape
+    batch, length, width = x.shape
     taps = filter.shape[0]
     if taps < 1 or filter.shape[1] != width:
         raise ValueError(f"causal_conv: filter {filter.shape} must be [W D], W >= 1, for x {x.shape}")
     if past is not None and past.shape != (batch, taps - 1, width):
         raise ValueError(f"causal_conv: past {past.shape} must be [B W-1 D] = {(batch, taps - 1, width)}")
+    if bias is not None and bias.shape != (width,):
+        raise ValueError(f"causal_conv: bias {bias.shape} must be {(width,)}")
+    for name, marks in (("keep", keep), ("segment_ids", segment_ids)):
+        if marks is not None and marks.shape != (batch, length):
+            raise ValueError(f"causal_conv: {name} {marks.shape} must be [B T] = {(batch, length)}")
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv: activation must be 'silu' or None, got {activation!r}")
     after = _after(x, taps, past, keep, segment_ids)
     if 0 in x.shape:
+        dispatch.check("causal_conv", IMPLEMENTATIONS, implementation)
         return x, after
     with jax.named_scope("causal_conv"):
         (y,) = dispatch.call(

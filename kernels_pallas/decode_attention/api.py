@@ -56,9 +56,14 @@ def decode_attention(
     keys, groups = k_cache.shape[1:3]
     if groups == 0 or heads % groups:
         raise ValueError(f"decode_attention: {groups} key heads do not divide {heads} query heads")
+    if (len(k_cache), k_cache.shape[3]) != (batch, width) or v_cache.shape[:3] != k_cache.shape[:3]:
+        raise ValueError(f"decode_attention: q {q.shape}, k_cache {k_cache.shape}, v_cache {v_cache.shape} do not fit")
+    if lengths.shape != (batch,):
+        raise ValueError(f"decode_attention: lengths {lengths.shape} must be {(batch,)}, one a row of q")
     if window is not None and window < 1:
         raise ValueError(f"decode_attention: window must be at least 1 or None, got {window}")
     if 0 in (batch, heads, keys):
+        dispatch.check("decode_attention", IMPLEMENTATIONS, implementation)
         return jnp.zeros((batch, heads, v_cache.shape[-1]), v_cache.dtype)
     with jax.named_scope("decode_attention"):
         (y,) = dispatch.call(
@@ -66,7 +71,7 @@ def decode_attention(
             IMPLEMENTATIONS,
             implementation,
             AUTO,
-            *(q, k_cache, v_cache, jnp.clip(lengths, 0, keys)),
+            *(q, k_cache, v_cache, jnp.clip(lengths.astype(jnp.int32), 0, keys)),
             axes=AXES,
             dtypes=(v_cache.dtype,),
             window=window,

@@ -70,6 +70,7 @@ def delta_rule(
         raise ValueError(f"delta_rule: state {state.shape} must be {(batch, heads, width, v.shape[-1])}")
     state = state.astype(jnp.float32)
     if 0 in v.shape or width == 0:
+        dispatch.check("delta_rule", IMPLEMENTATIONS, implementation)
         return jnp.zeros_like(v), state
     args = (q, k, v, beta, log_decay, state)
     return dispatch.call(

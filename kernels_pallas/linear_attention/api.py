@@ -96,6 +96,7 @@ def linear_attention(
         raise ValueError(f"linear_attention: state {state.shape} must be {(batch, heads, width, columns)}{extra}")
     state = state.astype(jnp.float32)
     if 0 in v.shape or width == 0:
+        dispatch.check("linear_attention", IMPLEMENTATIONS, implementation)
         y = jnp.zeros(v.shape, jnp.float32)
     else:
         y, state = dispatch.call(

@@ -53,17 +53,20 @@ def linear_recurrence(
       ValueError: shapes that do not fit. KeyError: unknown implementation.
       NotImplementedError: refused; the message gives the reason.
     """
-    batch, _, width = b.shape
+    batch, length, width = b.shape
     if a.shape not in (b.shape, (width,)):
         raise ValueError(f"linear_recurrence: a {a.shape} must be [D] or [B T D] of b {b.shape}")
     if state is not None and state.shape != (batch, width):
         raise ValueError(f"linear_recurrence: state {state.shape} must be {(batch, width)}")
+    if reset is not None and reset.shape != (batch, length):
+        raise ValueError(f"linear_recurrence: reset {reset.shape} must be {(batch, length)}")
     given = [a, b] if state is None else [a, b, state]
     if any(jnp.iscomplexobj(x) for x in given):
         a, b = a.astype(jnp.complex64), b.astype(jnp.complex64)
     dtype = jnp.complex64 if jnp.iscomplexobj(b) else jnp.float32
     state = jnp.zeros((batch, width), dtype) if state is None else state.astype(dtype)
     if b.size == 0:
+        dispatch.check("linear_recurrence", IMPLEMENTATIONS, implementation)
         return b, state
     return dispatch.call(
         "linear_recurrence",

@@ -48,6 +48,7 @@ def long_conv(
             f"long_conv: filter {filter.shape} must be [S D] with S <= T, of x {x.shape}; cut it to T taps"
         )
     if 0 in x.shape or 0 in filter.shape:
+        dispatch.check("long_conv", IMPLEMENTATIONS, implementation)
         return jnp.zeros_like(x)
     y = dispatch.call("long_conv", IMPLEMENTATIONS, implementation, AUTO, x, filter, axes=AXES)
     return y.astype(x.dtype)

@@ -82,6 +82,7 @@ def selective_scan(
         raise ValueError(f"selective_scan: state {state.shape} must be {(batch, width, size)}")
     A, state = A.astype(jnp.float32), state.astype(jnp.float32)
     if 0 in u.shape or size == 0:
+        dispatch.check("selective_scan", IMPLEMENTATIONS, implementation)
         return (jnp.zeros(u.shape) if D is None else D.astype(jnp.float32) * u).astype(u.dtype), state
     return dispatch.call(
         "selective_scan",
