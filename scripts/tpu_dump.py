@@ -155,6 +155,7 @@ def _by_bundle(lines: list[str]) -> list[str]:
 def _loops(lines: list[str], depths: list[int], marks: dict[int, str], turns: Sequence[float], name: str) -> list[Loop]:
     texts = _by_bundle(lines)
     constants = _constants(texts)
+    backs = _backs(texts)
     given = list(turns)
     loops = []
     for first in (n for n, mark in marks.items() if "LB" in mark.split()):
@@ -166,6 +167,7 @@ def _loops(lines: list[str], depths: list[int], marks: dict[int, str], turns: Se
             and not (depths[last + 1] == depth and "LB" in marks.get(last + 1, "").split())
         ):
             last += 1
+        last = max(last, backs.get(first, last))  # a bundle on the way that acts at the loop's exit has a lesser depth
         tests = [m for n in range(first, last + 1) if depths[n] == depth for m in _EXIT.finditer(texts[n])]
         body = " ".join(texts[n] for n in range(first, last + 1) if depths[n] == depth)
         grid = depth == 1 and ("pipeline-emitter" in body or "iteration index, stage" in body)
@@ -180,6 +182,18 @@ def _loops(lines: list[str], depths: list[int], marks: dict[int, str], turns: Se
             count = given.pop(0)
         loops.append(Loop(first, last, depth, count, grid))
     return loops
+
+
+def _backs(texts: list[str]) -> dict[int, int]:
+    """Of the first bundle of each loop: the bundle whose branch goes back to it."""
+    starts = {region: n for n, text in enumerate(texts) for region in _REGION.findall(text)}
+    found = {}
+    for n, text in enumerate(texts):
+        for match in _SKIP.finditer(text):
+            target = starts.get(match["region"])
+            if target is not None and target <= n:
+                found[target] = n
+    return found
 
 
 def _constants(texts: list[str]) -> dict[str, int]:

@@ -64,6 +64,18 @@ def test_loops_count_as_often_as_they_turn(dump):
     assert found.spills == pytest.approx(6 / found.cycles)
 
 
+def test_a_loop_goes_to_the_branch_back_to_its_start(dump):
+    """What acts at the exit of a loop may stand within it, a depth less; a pipelined loop has much behind that."""
+    (program,) = dump.glob("*op_forward*-3-final_bundles.txt")
+    text = PROGRAM.replace("%s2_s2, %s21_s4 }", "%s2_s2, %s21_s4 } /* Start region 30 */")
+    text = text.replace("0x7   : > > {", "0x7   : > { %s5_s5 = smov.u32 (%p3_p3), 0 }  {")
+    text = text.replace(
+        "10 /* loop exit test */ }", "10 /* loop exit test */  ;;  %7 = sbr.rel (!%p3_p3) target = $region30 }"
+    )
+    program.write_text(text)
+    assert read(dump).cycles == 3 + 6 * (8 + 4 * 3)
+
+
 def test_a_region_counts_in_the_steps_that_run_it(dump):
     assert read(dump).regions == (4,)  # the step itself, which the pipeline may leave out, is none
     assert read(dump, shares=(0.5,)).cycles == 3 + 6 * (7 + 0.5 * (1 + 4 * 3))
