@@ -1,7 +1,7 @@
 """The forward GPU kernel: chunks in order, the state in registers, given each chunk's writes in terms of it."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,12 +96,12 @@ def _kernel(q_ref, k_ref, erase_ref, values_ref, *rest, plan: Plan, chunks: int,
             plgpu.copy_smem_to_gmem(s["low_s"], saved[1].at[b, i, h, :, columns])
         plgpu.barrier_wait(s["arrived"].at[slot])
         q_s, k_s = s["q_s"].at[slot], s["k_s"].at[slot]
-        rows_s: Any = s["rows_s"].at[slot] if plan.decay else None
+        rows_s = s["rows_s"].at[slot] if plan.decay else None
         pairs = product((CHUNK, CHUNK), (q_s, transposed(k_s))) * between(rows_s)
         updates = load(s["values_s"].at[slot]).astype(jnp.float32) - product(shape, (s["erase_s"].at[slot], s["low_s"]))
         s["pairs_s"][...], s["updates_s"][...] = pairs.astype(dtype), updates.astype(dtype)
-        total: Any = None
-        since: Any = None
+        total = None
+        since = None
         if plan.decay:
             total, since = rows_s[SINCE, CHUNK - 1], by_row(rows_s.at[SINCE])
             s["scaled_s"][...] = (updates * across(by_row(rows_s.at[UNTIL]), shape)).astype(dtype)

@@ -119,7 +119,7 @@ def _kernel(*refs, plan: Plan, chunks: int, read: bool, save: bool, reverse: boo
             plgpu.copy_smem_to_gmem(s["low_s"], states_ref.at[b, place(i), h, :, columns])
         plgpu.barrier_wait(s["arrived"].at[slot])
         k_s, v_s = s["k_s"].at[slot], s["v_s"].at[slot]
-        rows_s: Any = s["rows_s"].at[slot] if plan.decay else None
+        rows_s = s["rows_s"].at[slot] if plan.decay else None
         if read:
             q_s = s["q_s"].at[slot]
             pairs = product((CHUNK, CHUNK), (q_s, transposed(k_s)))
