@@ -120,8 +120,9 @@ def _flat(plan: Plan, sizes: Sizes, q, k, v, marks):
 def _forward(plan: Plan, q, k, v, marks):
     flat, lse = forward(plan, *_flat(plan, plan.forward, q, k, v, marks), cost=_cost(plan, q, v, False))
     flat = flat[:, : plan.queries]
-    lse = None if lse is None else lse[..., : plan.queries]
-    return (flat.reshape(*q.shape[:3], v.shape[-1]), lse), (q, k, v, marks, flat, lse)
+    lse = None if lse is None else lse[..., : plan.queries]  # in powers of two, as the backward pass wants it:
+    natural = None if lse is None else lse / LOG2E  # turned over and back, its rounding would be an error in exponents
+    return (flat.reshape(*q.shape[:3], v.shape[-1]), natural), (q, k, v, marks, flat, lse)
 
 
 def _backward(plan: Plan, saved, cotangents):
@@ -137,7 +138,7 @@ def _backward(plan: Plan, saved, cotangents):
             flops=2 * y.size, bytes_accessed=2 * y.size * y.dtype.itemsize + 4 * lse.size, transcendentals=0
         )
         delta = products(plan, _fill(y, 1, more), dy, cost=reads) - _fill(jnp.where(empty, 0.0, dlse), 3, more)
-        lse = _fill(jnp.where(empty, jnp.inf, lse * LOG2E), 3, more, jnp.inf)
+        lse = _fill(jnp.where(empty, jnp.inf, lse), 3, more, jnp.inf)
     cost = _cost(plan, q, v, True)
     flat_q, flat_k, flat_v, q_marks, k_marks = arrays
     dq, dk, dv = backward(plan, flat_q, flat_k, flat_v, dy, lse, delta, q_marks, k_marks, cost=cost)

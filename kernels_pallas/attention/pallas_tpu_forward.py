@@ -14,7 +14,7 @@ from kernels_pallas.attention.tiles_tpu import VMEM, Plan
 
 
 def forward(plan: Plan, q, k, v, q_marks, k_marks, *, cost):
-    """q [B T H*K], k, v [B S G*K]; marks [B 1 T], [B 1 S] or None. y [B T H*V], lse [B H 1 T] (None for sigmoid)."""
+    """q [B T H*K], k, v [B S G*K]; marks [B 1 T], [B 1 S] or None. y [B T H*V], lse / log 2 [B H 1 T] (None for sigmoid)."""
     sizes, packs = plan.forward, plan.heads // plan.pack
     found = table(plan, sizes, False)
     per_head = found.steps if plan.sets > 1 else 0
@@ -117,7 +117,7 @@ def _kernel(plan, found, at, pieces, rows_ref, columns_ref, flags_ref, _, q_ref,
             empty = total == 0.0
             total = jnp.where(empty, 1.0, total)
             sums.append(sum_ref[p] / total)
-            lse_ref[0, p] = jnp.where(empty, -jnp.inf, (most_ref[p] + jnp.log2(total)) / tile.LOG2E)
+            lse_ref[0, p] = jnp.where(empty, -jnp.inf, most_ref[p] + jnp.log2(total))
         y_ref[0] = jnp.concatenate(sums, 0).T.astype(y_ref.dtype)
 
 

@@ -206,3 +206,15 @@ def test_refusals():
             attention(*[q.astype(jnp.float16)] * 3, causal=True, implementation="pallas_tpu")
         with pytest.raises(NotImplementedError, match="MiB of VMEM"):
             jax.eval_shape(lambda q: attention(q, q, q, causal=True, implementation="pallas_tpu"), wide)
+
+
+def test_huge_scores_keep_their_gradients():
+    """One key has all the weight, 1 in the backward pass too: scores of 1e6 have no digits to spare for it."""
+    (q, k, v), masks = [make_inputs(1, 129, 129, 1, 1, 8, 8)[0][name] for name in "qkv"], (None, None, None)
+    shared = {"window": CAUSAL, "block_mask": None, "scale": 0.3, "activation": "softmax"}
+    got, want = (
+        forward_and_grads(functools.partial(function, **shared, **options), (1e6 * q, k, v), masks)
+        for function, options in ((attention_tpu, {"interpret": True}), (attention_ref, {}))
+    )
+    for name in want:
+        assert rel_rms(got[name], want[name]) < 1e-5, name
