@@ -33,6 +33,7 @@ class Plan:
     columns: int  # keys a tile
     inner: tuple[tuple[int, int], ...]  # tile pairs in which every query sees every key
     edge: tuple[tuple[int, int], ...]  # tile pairs that need a mask; the others are left out
+    steps: int  # strips of rows that an edge tile is computed in, each as far right as its queries see
     window: tuple[int | None, int | None]
     blocks: tuple[tuple[int, ...], bytes] | None  # shape and contents of the block mask
     scale: float
@@ -110,10 +111,10 @@ def _by_pairs(q, k, v, bias, keep, q_segments, k_segments, *, window, block_mask
     units, rows, columns = tiles.choose(batch, groups, queries, keys, skips, looped)
     masked = q_segments is not None
     inner, edge = _visible_pairs(queries, keys, rows, columns, window, block_mask, masked)
+    steps = _steps(queries, keys, rows, columns, window, edge) if looped else 1
     blocks = None if block_mask is None else (block_mask.shape, block_mask.tobytes())
-    plan = Plan(
-        *(queries, keys, heads // groups, units, rows, columns, inner, edge, window, blocks, float(scale), activation)
-    )
+    sizes = (queries, keys, heads // groups, units, rows, columns)
+    plan = Plan(*sizes, inner, edge, steps, window, blocks, float(scale), activation)
     fill_q, fill_k = -queries % rows, -keys % columns
     if fill_k and keep is None:
         keep = jnp.ones((batch, keys), bool)
@@ -161,13 +162,29 @@ def _visible_pairs(queries, keys, rows, columns, window, block_mask, masked):
     return tuple(inner), tuple(edge)
 
 
-def _take(x, index, size, axis):
-    """x[index * size : (index + 1) * size] along axis; all of x where that axis has length 1 and broadcasts."""
-    return x if x.shape[axis] == 1 else jax.lax.dynamic_slice_in_dim(x, index * size, size, axis % x.ndim)
+def _steps(queries, keys, rows, columns, window, edge):
+    """The strips of rows of an edge tile such that, in each, strip n sees no further than its columns' strip n."""
+    count = max(n for n in range(1, -(-rows // tiles.STRIP) + 1) if rows % n == 0 and columns % n == 0)
+    if not edge or window[1] is None:
+        return 1
+    high, wide = rows // count, columns // count
+    for (i, j), n in itertools.product(edge, range(1, count)):  # the first key that strip n - 1 leaves out
+        if j * columns + n * wide <= i * rows + n * high - 1 + keys - queries + window[1]:
+            return 1
+    return count
 
 
-def _put(x, tile, index, axis):
-    return jax.lax.dynamic_update_slice_in_dim(x, tile.astype(x.dtype), index * tile.shape[axis], axis % x.ndim)
+def _take(x, start, size, axis):
+    """x[start : start + size] along axis; all of x where that axis has length 1 and broadcasts."""
+    return x if x.shape[axis] == 1 else jax.lax.dynamic_slice_in_dim(x, start, size, axis % x.ndim)
+
+
+def _block(x, index, size, axis):
+    return _take(x, index * size, size, axis)
+
+
+def _put(x, tile, start, axis):
+    return jax.lax.dynamic_update_slice_in_dim(x, tile.astype(x.dtype), start, axis % x.ndim)
 
 
 def _put_heads(x, tile, size, b, g):
@@ -192,18 +209,34 @@ def _over_units(plan: Plan, batch, groups, step, carry):
 
 
 def _over_pairs(plan: Plan, step, carry):
-    """step(carry, (head, i, j), masked) for all visible pairs of tiles; each kind of step is compiled once."""
-    for pairs, masked in ((plan.inner, False), (plan.edge, True)):
+    """step(carry, (head, first row, first column), (rows, columns), masked) for all visible pairs of tiles, one kind of
+    step after the other: each is compiled once."""
+
+    def inner(carry, pair):
+        return step(carry, _places(plan, pair), (plan.rows, plan.columns), False)
+
+    def edge(carry, pair):
+        head, row, column = _places(plan, pair)
+        high, wide = plan.rows // plan.steps, plan.columns // plan.steps
+        for n in range(plan.steps):
+            carry = step(carry, (head, row + n * high, column), (high, (n + 1) * wide), True)
+        return carry
+
+    for pairs, one in ((plan.inner, inner), (plan.edge, edge)):
         table = [(head, *pair) for head, pair in itertools.product(range(plan.repeats), pairs)]
         if len(table) == 1:
-            carry = step(carry, table[0], masked)
+            carry = one(carry, table[0])
         elif table:
-            carry, _ = jax.lax.scan(functools.partial(_scanned, step, masked), carry, np.asarray(table, np.int32))
+            carry, _ = jax.lax.scan(functools.partial(_scanned, one), carry, np.asarray(table, np.int32))
     return carry
 
 
-def _scanned(step, masked, carry, pair):
-    return step(carry, pair, masked), None
+def _places(plan: Plan, pair):
+    return pair[0], pair[1] * plan.rows, pair[2] * plan.columns
+
+
+def _scanned(step, carry, pair):
+    return step(carry, pair), None
 
 
 def _unit(plan: Plan, args, b, g):
@@ -211,7 +244,7 @@ def _unit(plan: Plan, args, b, g):
     nb, ng = plan.units
 
     def heads(x, size, value=0.0):  # [B T H K] -> [nb ng R*T K]: the query heads of one key head one after the other
-        x = _take(_take(x, b, nb, 0), g, ng * x.shape[2] // args["k"].shape[2], 2)
+        x = _block(_block(x, b, nb, 0), g, ng * x.shape[2] // args["k"].shape[2], 2)
         return _fill(x, 1, -x.shape[1] % size, value).swapaxes(1, 2).reshape(nb, ng, -1, *x.shape[3:])
 
     unit = {name: heads(args[name], plan.rows) for name in ("q", "dy", "delta") if name in args}
@@ -220,19 +253,19 @@ def _unit(plan: Plan, args, b, g):
         unit["divisor"] = heads(args["divisor"], plan.rows, jnp.inf)  # no gradient from the rows it is filled up with
     for name in ("closed", "q_segments", "k_segments"):
         if name in args:
-            unit[name] = _take(args[name], b, nb, 0)[:, None]  # [nb 1 S]
+            unit[name] = _block(args[name], b, nb, 0)[:, None]  # [nb 1 S]
     if "bias" in args:
-        unit["bias"] = _take(_take(args["bias"], b, nb, 0), g, ng, 1)
+        unit["bias"] = _block(_block(args["bias"], b, nb, 0), g, ng, 1)
     unit["group"] = g
     return unit
 
 
-def _scores(plan: Plan, unit, q, k, pair, masked, flip=False):
+def _scores(plan: Plan, unit, q, k, pair, size, masked, flip=False):
     """Scores of one pair of tiles, float32 [nb ng rows columns], -inf where a key is not visible.
 
     flip gives [nb ng columns rows] instead.
     """
-    head, i, j = pair
+    (head, row, column), (rows, columns) = pair, size
     across = (lambda x: x.swapaxes(-1, -2)) if flip else (lambda x: x)
     one, two = (k, q) if flip else (q, k)
     scores = jnp.einsum("bgxk,bgyk->bgxy", one, two, preferred_element_type=jnp.float32)
@@ -240,13 +273,13 @@ def _scores(plan: Plan, unit, q, k, pair, masked, flip=False):
         scores *= plan.scale  # float32 queries come scaled
     if "bias" in unit:
         bias = _take(unit["bias"], head, 1, 2)[:, :, 0]
-        scores += across(_take(_take(bias, i, plan.rows, 2), j, plan.columns, 3)).astype(jnp.float32)
+        scores += across(_take(_take(bias, row, rows, 2), column, columns, 3)).astype(jnp.float32)
     if "closed" in unit:
-        scores += across(_take(unit["closed"], j, plan.columns, -1)[..., None, :])
+        scores += across(_take(unit["closed"], column, columns, -1)[..., None, :])
     if not masked:
         return scores
-    query = i * plan.rows + jnp.arange(plan.rows)
-    key = j * plan.columns + jnp.arange(plan.columns)
+    query = row + jnp.arange(rows)
+    key = column + jnp.arange(columns)
     offset = key[None, :] - (query[:, None] + plan.keys - plan.queries)
     mask = jnp.ones((1, 1), bool)
     left, right = plan.window
@@ -257,8 +290,8 @@ def _scores(plan: Plan, unit, q, k, pair, masked, flip=False):
     if plan.blocks is not None:
         mask &= _open_blocks(plan, *plan.blocks, unit, head, query, key)
     if "q_segments" in unit:
-        mine = _take(unit["q_segments"], i, plan.rows, -1)
-        mask &= mine[..., :, None] == _take(unit["k_segments"], j, plan.columns, -1)[..., None, :]
+        mine = _take(unit["q_segments"], row, rows, -1)
+        mask &= mine[..., :, None] == _take(unit["k_segments"], column, columns, -1)[..., None, :]
     return jnp.where(across(mask), scores, NEVER)
 
 
@@ -266,14 +299,14 @@ def _open_blocks(plan: Plan, shape, contents, unit, head, query, key):
     """The block mask of one pair of tiles, token by token: [ng or 1, rows, columns]."""
     deep, wide = shape[1:]
     table = np.frombuffer(contents, bool).reshape(*_split_heads(shape[0], plan), deep, wide)  # [G R M N]
-    table = _take(_take(jnp.asarray(table), unit["group"], plan.units[1], 0), head, 1, 1)[:, 0]
+    table = _take(_block(jnp.asarray(table), unit["group"], plan.units[1], 0), head, 1, 1)[:, 0]
     table = table[:, jnp.minimum(query // (plan.queries // deep), deep - 1)]
     return table[:, :, jnp.minimum(key // (plan.keys // wide), wide - 1)]
 
 
 def _row(plan: Plan, pair):
-    """Which tile of a unit's rows this is."""
-    return pair[0] * -(-plan.queries // plan.rows) + pair[1]
+    """Where a tile's rows start among those of all query heads of a unit."""
+    return pair[0] * (plan.queries + -plan.queries % plan.rows) + pair[1]
 
 
 def _scaled(plan: Plan, q):
@@ -289,16 +322,15 @@ def _attend(plan: Plan, args):
     softmax = plan.activation == "softmax"
     alone = plan.keys <= plan.columns  # one tile holds all keys: nothing to take along
 
-    def pair_step(unit, carry, pair, masked):
+    def pair_step(unit, carry, pair, size, masked):
         m, total, y = carry
+        rows, columns = size
         row = _row(plan, pair)
-        q_i, k_j, v_j = (
-            _take(unit[name], *where, 2)
-            for name, where in (("q", (row, plan.rows)), ("k", (pair[2], plan.columns)), ("v", (pair[2], plan.columns)))
-        )
-        scores = _scores(plan, unit, q_i, k_j, pair, masked)
+        q_i = _take(unit["q"], row, rows, 2)
+        k_j, v_j = (_take(unit[name], pair[2], columns, 2) for name in ("k", "v"))
+        scores = _scores(plan, unit, q_i, k_j, pair, size, masked)
         if softmax:
-            highest = scores.max(-1) if alone else jnp.maximum(_take(m, row, plan.rows, 2), scores.max(-1))
+            highest = scores.max(-1) if alone else jnp.maximum(_take(m, row, rows, 2), scores.max(-1))
             finite = jnp.where(highest == NEVER, 0.0, highest)
             weights = jnp.exp(scores - finite[..., None])
             total_i = weights.sum(-1)
@@ -307,12 +339,12 @@ def _attend(plan: Plan, args):
         y_i = jnp.einsum("bgts,bgsv->bgtv", weights.astype(v.dtype), v_j, preferred_element_type=jnp.float32)
         if softmax:
             if not alone:
-                shrink = jnp.exp(_take(m, row, plan.rows, 2) - finite)
-                total_i += _take(total, row, plan.rows, 2) * shrink
-                y_i += _take(y, row, plan.rows, 2) * shrink[..., None]
+                shrink = jnp.exp(_take(m, row, rows, 2) - finite)
+                total_i += _take(total, row, rows, 2) * shrink
+                y_i += _take(y, row, rows, 2) * shrink[..., None]
             m, total = _put(m, highest, row, 2), _put(total, total_i, row, 2)
         elif not alone:
-            y_i += _take(y, row, plan.rows, 2)
+            y_i += _take(y, row, rows, 2)
         return m, total, _put(y, y_i, row, 2)
 
     def unit_step(carry, b, g):
@@ -352,14 +384,13 @@ def _backward(plan: Plan, saved, cotangents):
     divisor = jnp.where(empty, jnp.inf, lse)  # exp(score - inf) = 0: an empty row has no gradient
     args = args | {"dy": dy, "delta": delta, "divisor": divisor}
 
-    def pair_step(unit, grads, pair, masked):
+    def pair_step(unit, grads, pair, size, masked):
         grads = dict(grads)
+        rows, columns = size
         row, j = _row(plan, pair), pair[2]
-        q_i, dy_i, delta_i, divisor_i = (
-            _take(unit[name], row, plan.rows, 2) for name in ("q", "dy", "delta", "divisor")
-        )
-        k_j, v_j = _take(unit["k"], j, plan.columns, 2), _take(unit["v"], j, plan.columns, 2)
-        scores = _scores(plan, unit, q_i, k_j, pair, masked, flip=True)
+        q_i, dy_i, delta_i, divisor_i = (_take(unit[name], row, rows, 2) for name in ("q", "dy", "delta", "divisor"))
+        k_j, v_j = _take(unit["k"], j, columns, 2), _take(unit["v"], j, columns, 2)
+        scores = _scores(plan, unit, q_i, k_j, pair, size, masked, flip=True)
         dweights = jnp.einsum("bgsv,bgtv->bgst", v_j, dy_i, preferred_element_type=jnp.float32)
         if softmax:
             weights = jnp.exp(scores - divisor_i[:, :, None])
@@ -407,11 +438,11 @@ def _backward(plan: Plan, saved, cotangents):
     return ({name: total.get(name) for name in saved[0]},)
 
 
-def _add_bias(total, dscores, head, i, j):
+def _add_bias(total, dscores, head, row, column):
     """Adds one tile's gradient to that of the bias [B G R T S], summed over the axes along which it broadcasts."""
     tile = dscores[:, :, None]
     tile = tile.sum([axis for axis in (0, 1, 3, 4) if total.shape[axis] == 1], keepdims=True)
-    starts = [0, 0, head, i * tile.shape[3], j * tile.shape[4]]
+    starts = [0, 0, head, row, column]
     starts = [0 if full == 1 else start for full, start in zip(total.shape, starts)]
     old = jax.lax.dynamic_slice(total, starts, tile.shape)
     return jax.lax.dynamic_update_slice(total, old + tile, starts)

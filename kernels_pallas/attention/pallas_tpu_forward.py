@@ -14,7 +14,7 @@ from kernels_pallas.attention.tiles_tpu import VMEM, Plan
 
 
 def forward(plan: Plan, q, k, v, q_marks, k_marks, *, cost):
-    """q [B T H*K], k, v [B S G*K]; marks [B 1 T], [B 1 S] or None. y [B T H*V], lse / log 2 [B H 1 T] (None for sigmoid)."""
+    """q [B T H*K], k, v [B S G*K]; marks [B 1 T], [B 1 S] or None. y [B T H*V]; lse / log 2 [B H 1 T], or None."""
     sizes, packs = plan.forward, plan.heads // plan.pack
     found = table(plan, sizes, False)
     per_head = found.steps if plan.sets > 1 else 0

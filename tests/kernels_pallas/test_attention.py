@@ -20,6 +20,8 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "ROWS", 128)
     monkeypatch.setattr(tiles, "COLUMNS", 96)
     monkeypatch.setattr(tiles, "SKIPPED", 64)
+    monkeypatch.setattr(tiles, "STRIP", 16)
+    monkeypatch.setattr(tiles, "LINE", 16)
     monkeypatch.setattr(tiles, "ELEMENTS", 128 * 96)
     monkeypatch.setattr(tiles, "BAND", (16, 48))
     monkeypatch.setattr(tiles, "GATHERED", (4, 1024))
