@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 import arch.mixers  # noqa: F401  fills the registry
 from arch import flops
 from arch.registry import MIXERS
+from arch.rng import streams
 from kernels_pallas import dispatch
 
 
@@ -31,7 +32,7 @@ class MixerCost:
 def build(entry: Mapping[str, Any], *, width: int, causal: bool, max_length: int, seed: int = 0) -> Any:
     """The mixer of a config entry {"kind": name, ...}."""
     return MIXERS.build(
-        entry, key="kind", width=width, causal=causal, max_length=max_length, rngs=nnx.Rngs(params=seed, dropout=seed)
+        entry, key="kind", width=width, causal=causal, max_length=max_length, rngs=streams(params=seed, dropout=seed)
     )
 
 

@@ -24,6 +24,7 @@ from arch.errors import ConfigError
 from arch.layers import Dropout
 from arch.norms import Group
 from arch.registry import EMBEDDINGS, HEADS, POSITIONS, TOPOLOGIES, Choice
+from arch.rng import streams
 from arch.schema import Rate, names_of
 from arch.spec import InputSpec, Spec
 
@@ -189,13 +190,21 @@ class Functional:
 
     def __init__(self, config: Mapping[str, Any], spec: Spec, *, remat: str = "none"):
         self.config, self.spec, self.remat = config, spec, remat
-        model = nnx.eval_shape(lambda: self._make(jax.random.key(0)))
-        self._training = self._split(model)
-        model.eval()
-        self._evaluating = self._split(model)
+        graphs: list[Any] = []
+
+        def leaves() -> Any:
+            model = self._make(jax.random.key(0))
+            training = self._split(model)
+            model.eval()
+            evaluating = self._split(model)
+            graphs.extend((training[0], evaluating[0]))
+            return training[1:], evaluating[1:]
+
+        training, evaluating = jax.eval_shape(leaves)
+        self._training, self._evaluating = (graphs[0], *training), (graphs[1], *evaluating)
 
     def _make(self, key: Array) -> Model:
-        return Model(self.config, self.spec, remat=self.remat, rngs=nnx.Rngs(params=key, dropout=0))
+        return Model(self.config, self.spec, remat=self.remat, rngs=streams(params=key, dropout=0))
 
     def _split(self, model: Model) -> tuple[Any, Any, Any]:
         states: Any = nnx.split(model, nnx.Param, nnx.RngState, ...)

@@ -14,6 +14,7 @@ from arch.errors import ConfigError
 from arch.mixers.contract import State
 from arch.positions import Rotary
 from arch.registry import CHANNEL_MIXERS, MIXERS
+from arch.rng import streams
 from arch.topologies.block import Block
 from arch.topologies.parts import Parts
 
@@ -163,7 +164,7 @@ class Repeated(nnx.Module):
         graphs = []
 
         def one(params: Array, dropout: Array) -> tuple[Any, Any]:
-            blocks = nnx.List(make(nnx.Rngs(params=params, dropout=dropout)))
+            blocks = nnx.List(make(streams(params=params, dropout=dropout)))
             graph, *leaves = nnx.split(blocks, nnx.Param, nnx.RngState)
             graphs.append(graph)
             return leaves[0], leaves[1]
