@@ -44,7 +44,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("few channels a head", "rotary", "parallel, one layer")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES]
+)
 def test_equals_the_whole_computation(name):
     config, x = CASES[name], inputs()
     want, want_grads = logits_and_grads(config, x)

@@ -11,6 +11,8 @@ from experiments.config import ConfigError
 
 WRAPPED = {"bidirectional": "bidirectional-linear", "chunks": "chunks-softmax", "gated": "gated-softmax"}
 
+QUICK = ("softmax", "hedgehog", "delta_net", "mamba", "s5", "hyena", "synthesizer", "linformer", "bidirectional")
+
 
 def experiment(name: str, causal: bool):
     made = parts.base(task="listops", max_length=64, batch_size=8, steps=10)
@@ -22,7 +24,7 @@ def experiment(name: str, causal: bool):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", MIXERS.names())
-def test_plan_and_match(name):
+def test_plan(name):
     tree = experiment(name, causal=MIXERS[name].modes == ("causal",))
     spec = TASKS.build(tree["task"]).spec
     found = accounting.account(tree["model"], spec)
@@ -32,7 +34,15 @@ def test_plan_and_match(name):
     assert rows[0].name == f"mixer {name}" + (f" ({inner})" if inner else "")
     assert rows[0].flops > 0 or name == "identity"
     assert found.train_flops > 2 * found.flops > 0
-    target = 2.0 * found.params
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in MIXERS.names()]
+)
+def test_match(name):
+    tree = experiment(name, causal=MIXERS[name].modes == ("causal",))
+    spec = TASKS.build(tree["task"]).spec
+    target = 2.0 * accounting.count_params(tree["model"], spec)
     matched = match.match(tree["model"], spec, params=target)
     assert abs(matched.reached / target - 1) < 0.01
     assert accounting.count_params(matched.model, spec) == matched.reached

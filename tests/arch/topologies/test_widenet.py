@@ -66,7 +66,7 @@ def inputs(batch=3, seed=0):
     [
         ({"causal": True}, "full"),
         ({"causal": False}, "none"),
-        ({"causal": True, "channel": "mlp", "norm_placement": "post"}, "dots"),
+        pytest.param({"causal": True, "channel": "mlp", "norm_placement": "post"}, "dots", marks=pytest.mark.slow),
     ],
 )
 def test_equals_blocks_with_shared_weights(options, remat):
