@@ -118,7 +118,7 @@ class Choice:
             for key in value:
                 if nearest(str(key), [self.key]):
                     raise unknown(join(path, str(key)), key, [self.key], "key")
-            raise ConfigError(at, f"missing; name a {what}: {', '.join(names)}")
+            raise ConfigError(at, f"missing; name the {what}: {', '.join(names)}")
         name = value[self.key]
         if not isinstance(name, str):
             raise ConfigError(at, f"expected the name of a {what}, got {name!r}")

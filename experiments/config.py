@@ -230,7 +230,7 @@ def _locate(tree: dict[str, Any], keys: list[str]) -> tuple[dict[str, Any], str,
             return node, key, option, nested
         if inner is None:
             raise ConfigError(join("config", *keys), f"{here} is a single value and has no fields")
-        node = node.setdefault(key, {})
+        node = node.setdefault(key, dict(option.default) if isinstance(option.default, Mapping) else {})
         if not isinstance(node, dict):
             raise ConfigError(here, f"expected a section, got {node!r}")
         choosing = depth == len(keys) - 2 and isinstance(inner, Choice) and keys[-1] == inner.key

@@ -203,6 +203,12 @@ KINDS = [
 @example(mistake=(["--config=configs/quickstart.py", "--wrkdir=x"], "command line: unknown flag '--wrkdir'"))
 @example(mistake=(["--config=configs/quickstart.py", "--config.seed"], "config.seed: has no value"))
 @example(mistake=(["--config=configs/quickstart.py", "--config.=1"], "config.: unknown key"))
+@example(
+    mistake=(
+        ["--config=configs/quickstart.py:linear", "--config.model.embedding.ame=1"],
+        "config.model.embedding.ame: unknown",
+    )
+)
 @example(mistake=(["--config=configs/parts.py"], "--config: configs/parts.py has no function get_config"))
 def test_mistake_is_refused(mistake: tuple[list[str], str], capsys: Any, tmp_path: Any) -> None:
     argv, start = mistake
