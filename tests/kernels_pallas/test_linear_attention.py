@@ -91,7 +91,7 @@ def test_matches_ref(implementation, decay, shape, options):
 def test_products_of_decays_to_1e_30(implementation, decay):
     """A stretch forgets by a factor of 1e-30 and the weak decays after it count as exactly as ever."""
     arrays = make_inputs(2, 150, 2, 6, 5, decay=decay, strength=0.05)
-    arrays["log_decay"] = arrays["log_decay"].at[:, 40:44].add(np.log(1e-30) / 4)
+    arrays["log_decay"] = arrays["log_decay"].at[:, 40:44].add(float(np.log(1e-30)) / 4)
     got, want = (forward_and_grads(name, arrays) for name in (implementation, "ref"))
     for name in want:
         assert rel_rms(got[name], want[name]) < 1e-5, name

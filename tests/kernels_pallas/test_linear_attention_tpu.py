@@ -79,7 +79,7 @@ def test_lengths(decay, dtype, length):
     """In the tiles that a TPU would have, weak decay throughout and a stretch that forgets by 1e-30."""
     arrays = make_inputs(1, length, 2, 6, 5, decay=decay, dtype=dtype, strength=0.01)
     if decay is not None:
-        arrays["log_decay"] = arrays["log_decay"].at[:, 40:44].add(np.log(1e-30) / 4)
+        arrays["log_decay"] = arrays["log_decay"].at[:, 40:44].add(float(np.log(1e-30)) / 4)
     check(arrays, **({"step": 128, "heads": 1} if decay == "channel" else {}))
 
 
