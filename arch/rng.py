@@ -9,7 +9,7 @@ class Stream(nnx.RngStream):
     """nnx.RngStream, key for key: the n-th is fold_in(key, n).
 
     nnx counts by `count[...] += 1`, which asks the traced counter for its sharding; to word the error that answers, jax
-    walks through all that was traced so far: quadratic in a model's layers, two thirds of the time to build 24 of them.
+    walks through all that was traced so far, which makes building a model quadratic in its layers.
     """
 
     def __call__(self) -> Array:
